@@ -1,0 +1,262 @@
+// Class means and the prototypical loss on the CPU: threads over tasks and features (means, gradients) or query rows (loss).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#define METAFAST_KERNELS "cpu/prototype_kernels.h"
+#include "cpu/for_each_isa.h"
+#include "cpu/parallel.h"
+
+namespace metafast {
+namespace {
+
+using torch::stable::new_empty;
+
+// Labels [T, n] in rows, and one over the number of rows of each class (0 for none). The labels are checked.
+template <class A>
+struct Classes {
+  Tensor tensor;
+  const int64_t* labels;
+  int64_t n;
+  int64_t num_classes;
+  std::vector<A> inverse_count;
+
+  Classes(const Tensor& any, const char* name, int64_t num_classes_)
+      : tensor(any.is_contiguous() ? any : torch::stable::contiguous(any)),
+        labels(tensor.const_data_ptr<int64_t>()),
+        n(any.size(1)),
+        num_classes(num_classes_),
+        inverse_count(any.size(0) * num_classes_, A(0)) {
+    const int64_t T = any.size(0);
+    for (int64_t t = 0; t < T; ++t) {
+      A* counts = inverse_count.data() + t * num_classes;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t label = labels[t * n + i];
+        if (label < 0 || label >= num_classes) {
+          fail(name, ": expected class numbers from 0 to ", num_classes - 1, ", got ", label);
+        }
+        counts[label] += A(1);
+      }
+      for (int64_t c = 0; c < num_classes; ++c) counts[c] = counts[c] > A(0) ? A(1) / counts[c] : A(0);
+    }
+  }
+
+  const int64_t* of(int64_t t) const { return labels + t * n; }
+  const A* inverse(int64_t t) const { return inverse_count.data() + t * num_classes; }
+};
+
+void check_features(const Tensor& features, const char* name, const Tensor& labels, const char* labels_name) {
+  if (features.dim() != 3) fail(name, ": expected [T, n, d], got ", shape_text(features));
+  check_shape(labels, labels_name, {features.size(0), features.size(1)});
+  check_dtype(labels, labels_name, ScalarType::Long);
+}
+
+template <class S>
+void means_into(const Tensor& features, const Classes<accumulate_t<S>>& classes, const Tensor& out) {
+  using A = accumulate_t<S>;
+  auto* kernel = METAFAST_KERNEL(class_means<S>);
+  const int64_t T = features.size(0), n = features.size(1), d = features.size(2), C = classes.num_classes;
+  const auto rows = input_rows<S>(features);
+  const auto rows_out = output_rows<S>(out);
+  const Chunks chunks(T, d, C);
+  parallel(T * chunks.count, (n + C) * chunks.size, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<A[]> scratch(new A[C * chunks.size]);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
+      kernel(rows, classes.of(t), classes.inverse(t), rows_out, t, n, C, first, std::min(first + chunks.size, d),
+             chunks.size, scratch.get());
+    }
+  });
+}
+
+Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_classes) {
+  check_features(features_any, "features", labels, "labels");
+  const Tensor features = contiguous_rows(features_any);
+  Tensor out = new_empty(features, {features.size(0), num_classes, features.size(2)});
+  dispatch_floating(features.scalar_type(), "features", [&](auto dtype) {
+    using S = typename decltype(dtype)::type;
+    means_into<S>(features, Classes<accumulate_t<S>>(labels, "labels", num_classes), out);
+  });
+  return out;
+}
+
+template <class S>
+void spread_into(const Tensor& grad, const Classes<accumulate_t<S>>& classes, const Tensor& out) {
+  auto* kernel = METAFAST_KERNEL(spread_means<S>);
+  const int64_t T = out.size(0), n = out.size(1), d = out.size(2);
+  const auto rows_grad = input_rows<S>(grad);
+  const auto rows_out = output_rows<S>(out);
+  const Chunks chunks(T, d, 1);
+  parallel(T * chunks.count, n * chunks.size, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
+      kernel(rows_grad, classes.of(t), classes.inverse(t), rows_out, t, n, first, std::min(first + chunks.size, d));
+    }
+  });
+}
+
+Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
+  if (grad_any.dim() != 3) fail("grad: expected [T, C, d], got ", shape_text(grad_any));
+  const Tensor grad = contiguous_rows(grad_any);
+  Tensor out = new_empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
+  check_features(out, "grad", labels, "labels");
+  dispatch_floating(grad.scalar_type(), "grad", [&](auto dtype) {
+    using S = typename decltype(dtype)::type;
+    spread_into<S>(grad, Classes<accumulate_t<S>>(labels, "labels", grad.size(1)), out);
+  });
+  return out;
+}
+
+// The inner losses and inner loops take float32 and float64; the public functions promote the halves.
+template <class Body>
+void dispatch_full(ScalarType dtype, const char* name, const Body& body) {
+  if (dtype == ScalarType::Float) return body(Tag<float>{});
+  if (dtype == ScalarType::Double) return body(Tag<double>{});
+  fail(name, ": expected float32 or float64");
+}
+
+template <class A>
+std::vector<A> temperatures(const std::optional<Tensor>& temperature, double scale, int64_t T) {
+  std::vector<A> values(T, static_cast<A>(scale));
+  if (temperature.has_value()) {
+    check_shape(*temperature, "temperature", {T});
+    const A* from = temperature->const_data_ptr<A>();
+    for (int64_t t = 0; t < T; ++t) values[t] *= from[t * temperature->stride(0)];
+  }
+  return values;
+}
+
+void check_episodes(const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                    const Tensor& query_labels) {
+  check_features(support, "support", support_labels, "support_labels");
+  check_features(query, "query", query_labels, "query_labels");
+  check_shape(query, "query", {support.size(0), query.size(1), support.size(2)});
+  check_dtype(query, "query", support.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, const Tensor& support_labels,
+                                                     const Tensor& query_any, const Tensor& query_labels,
+                                                     const std::optional<Tensor>& temperature, double scale,
+                                                     int64_t num_classes) {
+  check_episodes(support_any, support_labels, query_any, query_labels);
+  const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
+  const int64_t T = query.size(0), m = query.size(1), d = query.size(2), C = num_classes;
+  Tensor loss = new_empty(query, {T}), logits = new_empty(query, {T, m, C}), means = new_empty(query, {T, C, d});
+  dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
+    using A = typename decltype(dtype)::type;
+    const Classes<A> classes(support_labels, "support_labels", C), targets(query_labels, "query_labels", C);
+    const std::vector<A> tau = temperatures<A>(temperature, scale, T);
+    means_into<A>(support, classes, means);
+    auto* kernel = METAFAST_KERNEL(prototypical_rows<A>);
+    const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(means);
+    const auto rows_logits = output_rows<A>(logits);
+    const std::unique_ptr<A[]> losses(new A[T * m]);
+    // Blocks of rows bound the scratch memory and give the threads something to share where there is one task.
+    constexpr int64_t kRowBlock = 128;
+    const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
+    parallel(T * blocks, std::min(m, kRowBlock) * C * (d + 16), [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<A[]> scratch(new A[std::min(m, kRowBlock) * (C + 2)]);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t t = item / blocks, first = item % blocks * kRowBlock;
+        kernel(rows_query, rows_means, classes.inverse(t), targets.of(t) + first, tau[t], rows_logits,
+               losses.get() + t * m + first, t, first, std::min(first + kRowBlock, m), C, d, scratch.get());
+      }
+    });
+    A* out = loss.template mutable_data_ptr<A>();
+    for (int64_t t = 0; t < T; ++t) {
+      A total = A(0);
+      for (int64_t i = 0; i < m; ++i) total += losses[t * m + i];
+      out[t] = total / static_cast<A>(m);
+    }
+  });
+  return {loss, logits, means};
+}
+
+std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
+    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_logits_any,
+    const std::optional<Tensor>& grad_prototypes_any, const Tensor& support, const Tensor& support_labels,
+    const Tensor& query_any, const Tensor& query_labels, const std::optional<Tensor>& temperature, double scale,
+    const Tensor& logits_any, const Tensor& prototypes_any) {
+  check_episodes(support, support_labels, query_any, query_labels);
+  const Tensor query = contiguous_rows(query_any), prototypes = contiguous_rows(prototypes_any);
+  const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
+  const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2), C = logits.size(2);
+  check_shape(logits, "logits", {T, m, C});
+  check_shape(prototypes, "prototypes", {T, C, d});
+  if (grad_loss) check_shape(*grad_loss, "grad_loss", {T});
+  if (grad_logits_any) check_shape(*grad_logits_any, "grad_logits", {T, m, C});
+  if (grad_prototypes_any) check_shape(*grad_prototypes_any, "grad_prototypes", {T, C, d});
+  Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});
+  Tensor grad_means = new_empty(query, {T, C, d});
+  Tensor grad_temperature = new_empty(query, {temperature ? T : 0});
+  dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
+    using A = typename decltype(dtype)::type;
+    const Classes<A> classes(support_labels, "support_labels", C), targets(query_labels, "query_labels", C);
+    const std::vector<A> tau = temperatures<A>(temperature, scale, T);
+    const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(prototypes);
+    const auto rows_logits = input_rows<A>(logits);
+    std::optional<Tensor> grad_logits;
+    Rows<const A> rows_grad_logits{};
+    if (grad_logits_any) {
+      grad_logits = contiguous_rows(*grad_logits_any);
+      rows_grad_logits = input_rows<A>(*grad_logits);
+    }
+    const A* loss_values = grad_loss ? grad_loss->template const_data_ptr<A>() : nullptr;
+    const int64_t loss_stride = grad_loss ? grad_loss->stride(0) : 0;
+    A* temperature_values = temperature ? grad_temperature.template mutable_data_ptr<A>() : nullptr;
+
+    auto* weigh = METAFAST_KERNEL(prototypical_weights<A>);
+    const std::unique_ptr<A[]> weights(new A[T * m * C]);
+    parallel(T, m * C * (temperature ? d + 16 : 16), [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<A[]> scratch(new A[2 * m]);
+      for (int64_t t = begin; t < end; ++t) {
+        weigh(rows_query, rows_means, classes.inverse(t), targets.of(t), tau[t], rows_logits,
+              loss_values ? loss_values[t * loss_stride] : A(0), grad_logits ? &rows_grad_logits : nullptr, t, m, C, d,
+              weights.get() + t * m * C, scratch.get(), temperature_values ? temperature_values + t : nullptr);
+        if (temperature_values) temperature_values[t] *= static_cast<A>(scale);
+      }
+    });
+
+    // dL/d|q - p|^2 = weight, so the slopes are twice that; the support's share follows from the class means'.
+    for (int64_t k = 0; k < T * m * C; ++k) weights[k] *= A(2);
+    const std::vector<A> nothing(std::max(m, C), A(0));
+    auto* spread = METAFAST_KERNEL(distance_spread<A, A, Difference>);
+    const auto rows_grad_query = output_rows<A>(grad_query), rows_grad_means = output_rows<A>(grad_means);
+    const Chunks chunks(T, d, 2 * C);
+    parallel(T * chunks.count, 3 * m * C * chunks.size, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<A[]> scratch(new A[2 * C * chunks.size]);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
+        spread(weights.get() + t * m * C, nothing.data(), nothing.data(), rows_query, rows_means, rows_grad_query,
+               rows_grad_means, t, m, C, first, std::min(first + chunks.size, d), chunks.size, scratch.get());
+      }
+    });
+    if (grad_prototypes_any) {
+      const Tensor extra = contiguous_rows(*grad_prototypes_any);
+      const auto rows_extra = input_rows<A>(extra);
+      for (int64_t t = 0; t < T; ++t) {
+        for (int64_t c = 0; c < C; ++c) {
+          for (int64_t k = 0; k < d; ++k) rows_grad_means.row(t, c)[k] += rows_extra.row(t, c)[k];
+        }
+      }
+    }
+    spread_into<A>(grad_means, classes, grad_support);
+  });
+  return {grad_support, grad_query, grad_temperature};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  m.impl("prototypes", TORCH_BOX(&prototypes));
+  m.impl("prototypes_vjp", TORCH_BOX(&prototypes_vjp));
+  m.impl("prototypical_loss", TORCH_BOX(&prototypical_loss));
+  m.impl("prototypical_loss_vjp", TORCH_BOX(&prototypical_loss_vjp));
+}
+
+}  // namespace metafast

@@ -1,0 +1,123 @@
+// Class means and the prototypical loss of one task. Read once for each instruction set: no guard.
+
+#include "cpu/distance_kernels.h"
+
+// The features begin..end of the class means; scratch [C, chunk] holds the sums. inverse_count is 0 for an empty class.
+template <class S>
+void class_means(Rows<const S> features, const int64_t* labels, const accumulate_t<S>* inverse_count, Rows<S> out,
+                 int64_t t, int64_t n, int64_t num_classes, int64_t begin, int64_t end, int64_t chunk,
+                 accumulate_t<S>* scratch) {
+  using A = accumulate_t<S>;
+  constexpr int64_t W = kWidth<A>;
+  for (int64_t k = 0; k < num_classes * chunk; ++k) scratch[k] = A(0);
+  for (int64_t i = 0; i < n; ++i) {
+    A* sums = scratch + labels[i] * chunk;
+    const S* row = features.row(t, i);
+    int64_t k = begin;
+    for (; k + W <= end; k += W) store<A>(sums + (k - begin), load<A>(sums + (k - begin)) + load<S>(row + k));
+    for (; k < end; ++k) sums[k - begin] += static_cast<A>(row[k]);
+  }
+  for (int64_t c = 0; c < num_classes; ++c) {
+    const A* sums = scratch + c * chunk;
+    S* to = out.row(t, c);
+    int64_t k = begin;
+    for (; k + W <= end; k += W) store<S>(to + k, load<A>(sums + (k - begin)) * inverse_count[c]);
+    for (; k < end; ++k) to[k] = static_cast<S>(sums[k - begin] * inverse_count[c]);
+  }
+}
+
+// The features begin..end of grad_features_i = grad_{label_i} / count_{label_i}.
+template <class S>
+void spread_means(Rows<const S> grad, const int64_t* labels, const accumulate_t<S>* inverse_count, Rows<S> out,
+                  int64_t t, int64_t n, int64_t begin, int64_t end) {
+  using A = accumulate_t<S>;
+  constexpr int64_t W = kWidth<A>;
+  for (int64_t i = 0; i < n; ++i) {
+    const S* from = grad.row(t, labels[i]);
+    const A scale = inverse_count[labels[i]];
+    S* to = out.row(t, i);
+    int64_t k = begin;
+    for (; k + W <= end; k += W) store<S>(to + k, load<S>(from + k) * scale);
+    for (; k < end; ++k) to[k] = static_cast<S>(static_cast<A>(from[k]) * scale);
+  }
+}
+
+METAFAST_HOST_DEVICE void exponentials(float* values, int64_t count) {
+  int64_t k = 0;
+  for (; k + kWidth<float> <= count; k += kWidth<float>) store<float>(values + k, exponential(load<float>(values + k)));
+  if (k < count) store_part<float>(values + k, exponential(load_part<float>(values + k, count - k)), count - k);
+}
+
+METAFAST_HOST_DEVICE void exponentials(double* values, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) values[k] = std::exp(values[k]);
+}
+
+// exps [rows, C] = exp(logits - max), totals = their sums. NaN spreads over its row, as in torch.
+template <class A>
+METAFAST_HOST_DEVICE void softmax_rows(const A* logits, int64_t rows, int64_t num_classes, A* exps, A* maxima,
+                                       A* totals) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* row = logits + i * num_classes;
+    A largest = row[0];
+    for (int64_t c = 1; c < num_classes; ++c) largest = row[c] > largest || row[c] != row[c] ? row[c] : largest;
+    maxima[i] = largest;
+    for (int64_t c = 0; c < num_classes; ++c) exps[i * num_classes + c] = row[c] - largest;
+  }
+  exponentials(exps, rows * num_classes);
+  for (int64_t i = 0; i < rows; ++i) {
+    A total = A(0);
+    for (int64_t c = 0; c < num_classes; ++c) total += exps[i * num_classes + c];
+    totals[i] = total;
+  }
+}
+
+// Logits [rows, C] = -temperature |query - prototype|^2 and the cross-entropy of the query rows begin..end;
+// inverse_count is 0 for a class without support. scratch holds rows (C + 2) numbers.
+template <class A>
+void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* inverse_count, const int64_t* labels,
+                       A temperature, Rows<A> logits, A* losses, int64_t t, int64_t begin, int64_t end,
+                       int64_t num_classes, int64_t d, A* scratch) {
+  using M = SqEuclidean;
+  const auto finish = [&](int64_t i, int64_t c, const A(&sums)[M::kSums]) {
+    logits.row(t, i)[c] = inverse_count[c] > A(0) ? -temperature * M::template value<A>(sums) : -A(INFINITY);
+  };
+  for_each_pair<A, M>(query, prototypes, t, begin, end, num_classes, d, finish);
+  const int64_t rows = end - begin;
+  A *maxima = scratch + rows * num_classes, *totals = maxima + rows;
+  softmax_rows(logits.row(t, begin), rows, num_classes, scratch, maxima, totals);
+  for (int64_t i = 0; i < rows; ++i) {
+    losses[i] = maxima[i] + std::log(totals[i]) - logits.row(t, begin + i)[labels[i]];
+  }
+}
+
+// weight [rows, C] = dL/d|query - prototype|^2 = -temperature dL/dlogits, from the upstream gradients; where
+// temperature_grad is given it receives dL/dtemperature of these rows, whose distances are computed again for it.
+template <class A>
+void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A* inverse_count, const int64_t* labels,
+                          A temperature, Rows<const A> logits, A grad_loss, const Rows<const A>* grad_logits, int64_t t,
+                          int64_t m, int64_t num_classes, int64_t d, A* weight, A* scratch, A* temperature_grad) {
+  using M = SqEuclidean;
+  A *maxima = scratch, *totals = maxima + m;
+  if (m > 0) softmax_rows(logits.row(t, 0), m, num_classes, weight, maxima, totals);
+  for (int64_t i = 0; i < m; ++i) {
+    const A scale = grad_loss / static_cast<A>(m) / totals[i];
+    A* row = weight + i * num_classes;
+    for (int64_t c = 0; c < num_classes; ++c) row[c] *= scale;
+    row[labels[i]] -= grad_loss / static_cast<A>(m);
+    for (int64_t c = 0; c < num_classes; ++c) {
+      if (grad_logits != nullptr) row[c] += grad_logits->row(t, i)[c];
+      // The logit of an absent class is a constant.
+      if (!(inverse_count[c] > A(0))) row[c] = A(0);
+    }
+  }
+  if (temperature_grad != nullptr) {
+    A total = A(0);
+    for_each_pair<A, M>(query, prototypes, t, 0, m, num_classes, d,
+                        [&](int64_t i, int64_t c, const A(&sums)[M::kSums]) {
+                          const A w = weight[i * num_classes + c];
+                          if (inverse_count[c] > A(0)) total -= w * M::template value<A>(sums);
+                        });
+    *temperature_grad = total;
+  }
+  for (int64_t k = 0; k < m * num_classes; ++k) weight[k] *= -temperature;
+}

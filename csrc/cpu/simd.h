@@ -1,0 +1,106 @@
+// Vectors of METAFAST_VECTOR_BYTES. Read once for each instruction set by for_each_isa.h, in a namespace of its own: no guard.
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+};
+template <class A>
+using vector_t = typename VectorOf<A>::type;
+template <class A>
+constexpr int64_t kWidth = METAFAST_VECTOR_BYTES / sizeof(A);
+
+typedef uint16_t half_bits __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
+typedef uint32_t float_bits __attribute__((vector_size(METAFAST_VECTOR_BYTES)));
+
+METAFAST_HOST_DEVICE vector_t<float> widen(half_bits bits, Tag<BFloat16>) {
+  return (vector_t<float>)(__builtin_convertvector(bits, float_bits) << 16);
+}
+
+METAFAST_HOST_DEVICE vector_t<float> widen(half_bits bits, Tag<Half>) {
+  const float_bits wide = __builtin_convertvector(bits, float_bits);
+  const float_bits magnitude = (wide & 0x7fffu) << 13;
+  // Rescaling by 2^112 moves the exponent bias, subnormals included; infinities and NaN keep their exponent.
+  const float_bits finite = (float_bits)((vector_t<float>)magnitude * 0x1p112f);
+  const float_bits special = magnitude | 0x7f800000u;
+  const float_bits value = magnitude >= 0x0f800000u ? special : finite;
+  return (vector_t<float>)(value | ((wide & 0x8000u) << 16));
+}
+
+template <class S>
+METAFAST_HOST_DEVICE vector_t<accumulate_t<S>> load(const S* from) {
+  if constexpr (sizeof(S) == 2) {
+    half_bits bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return widen(bits, Tag<S>{});
+  } else {
+    vector_t<S> value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+  }
+}
+
+// The first `count` elements; the rest are zeros.
+template <class S>
+METAFAST_HOST_DEVICE vector_t<accumulate_t<S>> load_part(const S* from, int64_t count) {
+  S buffer[kWidth<accumulate_t<S>>];
+  __builtin_memset(static_cast<void*>(buffer), 0, sizeof buffer);
+  __builtin_memcpy(static_cast<void*>(buffer), from, count * sizeof(S));
+  return load<S>(buffer);
+}
+
+template <class S>
+METAFAST_HOST_DEVICE void store(S* to, vector_t<accumulate_t<S>> value) {
+  if constexpr (sizeof(S) == 2) {
+    for (int64_t k = 0; k < kWidth<float>; ++k) to[k] = static_cast<S>(value[k]);
+  } else {
+    __builtin_memcpy(to, &value, sizeof value);
+  }
+}
+
+template <class S>
+METAFAST_HOST_DEVICE void store_part(S* to, vector_t<accumulate_t<S>> value, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) to[k] = static_cast<S>(value[k]);
+}
+
+// Sum of the entries, as a balanced tree.
+template <class A>
+METAFAST_HOST_DEVICE A sum(vector_t<A> value) {
+  A entries[kWidth<A>];
+  __builtin_memcpy(entries, &value, sizeof value);
+  for (int64_t half = kWidth<A> / 2; half > 0; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) entries[k] += entries[k + half];
+  }
+  return entries[0];
+}
+
+// exp to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87.3, NaN stays NaN.
+METAFAST_HOST_DEVICE vector_t<float> exponential(vector_t<float> x) {
+  using V = vector_t<float>;
+  typedef VectorOf<float>::bits bits;
+  const bits underflow = x < -87.3f;
+  x = underflow ? V{} - 87.3f : x;
+  x = x > 88.7f ? V{} + 88.7f : x;
+  const V magic = V{} + 0x1.8p23f;
+  const V shifted = x * 1.44269504088896341f + magic;
+  const V n = shifted - magic;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // n reaches 128 only above the largest finite result, where the scale is split in two.
+  const bits exponent = ((bits)shifted - (bits)magic);
+  const bits low = exponent / 2, high = exponent - low;
+  const V scale = (V)((low + 127) << 23), rest = (V)((high + 127) << 23);
+  return underflow ? V{} : p * scale * rest;
+}

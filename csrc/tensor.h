@@ -1,0 +1,36 @@
+// The few helpers over torch::stable::Tensor that every family uses.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+
+namespace metafast {
+
+// A batch of matrices [T, rows, columns] whose rows are contiguous; batches and rows may have any stride.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+
+  T* row(int64_t batch, int64_t index) const { return data + batch * batch_stride + index * row_stride; }
+};
+
+inline Tensor contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <class T>
+Rows<const T> input_rows(const Tensor& tensor) {
+  return {tensor.const_data_ptr<T>(), tensor.stride(0), tensor.stride(1)};
+}
+
+template <class T>
+Rows<T> output_rows(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr<T>(), tensor.stride(0), tensor.stride(1)};
+}
+
+}  // namespace metafast

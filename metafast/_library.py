@@ -1,0 +1,74 @@
+"""Loads the compiled operators and attaches what each of them needs in Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import metafast._C  # noqa: F401  (registers torch.ops.metafast)
+except ImportError as error:
+    raise ImportError(
+        f"metafast's compiled operators could not be loaded ({error}). Build them with "
+        "'pip install --no-build-isolation .' or, in a source checkout, 'python setup.py build_ext --inplace'; "
+        "torch 2.11 or later is needed."
+    ) from error
+
+LIBRARY = torch.library.Library("metafast", "FRAGMENT")
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """The operator ``metafast::name``."""
+    return getattr(torch.ops.metafast, name).default
+
+
+def keep_pages() -> bool:
+    """Make the process's C allocator keep the memory it has freed, instead of returning large blocks to the system.
+
+    glibc returns large blocks at each ``free``, so that a training step on the CPU writes to fresh pages every time,
+    which doubles its cost for convolutional networks. True where the setting took effect (glibc).
+    """
+    return operator("keep_pages")()
+
+
+def vector_bits(bits: int = 0) -> int:
+    """Width of the vectors of the CPU kernels (512, 256 or 128); a nonzero argument chooses a narrower one."""
+    return operator("vector_bits")(bits)
+
+
+def fallback(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Run ``function`` (plain PyTorch) on devices for which ``op`` has no kernel, with one warning per operator."""
+    warned = False
+
+    def kernel(*args: Any) -> Any:
+        nonlocal warned
+        if not warned:
+            warned = True
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            warnings.warn(
+                f"{op}: no kernel for device {device.type!r} in this build of metafast; plain PyTorch runs instead. "
+                "'metafast doctor' lists the kernels.",
+                stacklevel=2,
+            )
+        return function(*args)
+
+    LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+
+
+class BadLabel(ValueError):
+    """A label outside ``0 .. num_classes - 1``, found by a CPU kernel."""
+
+
+def call(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)``, with the kernel's complaint about a value of an argument as a ValueError."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith("metafast: "):
+            raise ValueError(text.removeprefix("metafast: ").partition("\n")[0]) from None
+        raise

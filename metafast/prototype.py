@@ -1,0 +1,359 @@
+"""Class means and the prototypical loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafast import _check, reference
+from metafast._autodiff import closed_form, differentiable
+from metafast._batching import fold_into_tasks
+from metafast._library import call, fallback, operator
+from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, pairwise_distance
+
+MEANS = operator("prototypes")
+MEANS_VJP = operator("prototypes_vjp")
+LOSS = operator("prototypical_loss")
+LOSS_VJP = operator("prototypical_loss_vjp")
+_SQEUCLIDEAN = 0
+
+
+def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    r"""Mean of the features of each class: :math:`c_k = \sum_i w_{ik} x_i / \sum_i w_{ik}`.
+
+    The weights are 1 for the rows of class k (``labels`` of class numbers) or given (soft labels). Classes may be
+    unbalanced and in any order; a class without a row, or of weight zero, has prototype 0. Snell, Swersky and Zemel,
+    *Prototypical Networks for Few-shot Learning*, 2017. Differentiable to any order, in soft labels too.
+
+    Args:
+        features: ``[..., n, d]``, float32, float64, bfloat16 or float16 (half types are summed in float32).
+        labels: ``[..., n]`` int64 class numbers, or ``[..., n, num_classes]`` weights of the dtype of ``features``.
+        num_classes: C.
+
+    Returns:
+        ``[..., C, d]`` in the dtype of ``features``.
+
+    Raises:
+        TypeError: wrong kind or dtype of an argument.
+        ValueError: shapes or devices do not fit; on the CPU, a class number outside 0 to C - 1 (on a GPU the
+            prototypes of that task are NaN).
+
+    Example:
+        >>> prototypes(torch.tensor([[1.0], [3.0], [7.0]]), torch.tensor([0, 0, 1]), 2)
+        tensor([[2.],
+                [7.]])
+    """
+    _check.features(features, "features", "[..., n, d]")
+    _check.is_tensor(labels, "labels")
+    _check.class_count(num_classes)
+    _check.same_device(labels, "labels", features, "features")
+    if labels.is_floating_point():
+        return _soft_prototypes(features, labels, num_classes)
+    _check.class_labels(labels, "labels")
+    _check.same_size(labels, -1, "labels", features, -2, "features")
+    if features.dim() == 3 and labels.dim() == 2 and features.shape[0] == labels.shape[0]:
+        return call(MEANS, features, labels, num_classes)
+    lead = _check.broadcast_tasks(("features", features.shape[:-2]), ("labels", labels.shape[:-1]))
+    n, d = features.shape[-2:]
+    tasks = torch.Size(lead).numel()
+    out = call(
+        MEANS,
+        features.expand(*lead, n, d).reshape(tasks, n, d),
+        labels.expand(*lead, n).reshape(tasks, n),
+        num_classes,
+    )
+    return out.reshape(*lead, num_classes, d)
+
+
+def _soft_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """A batched matrix product is the whole of it, and torch's is as fast as one gets."""
+    _check.features(labels, "labels", "[..., n] of int64 or [..., n, C] of weights")
+    _check.same_kind(labels, "labels", features, "features")
+    _check.same_size(labels, -2, "labels", features, -2, "features")
+    if labels.shape[-1] != num_classes:
+        raise ValueError(f"labels: expected {num_classes} weights a row, got shape {list(labels.shape)}")
+    _check.broadcast_tasks(("features", features.shape[:-2]), ("labels", labels.shape[:-2]))
+    if features.dtype in (torch.bfloat16, torch.float16):
+        return reference.prototypes(features.float(), labels.float(), num_classes).to(features.dtype)
+    return reference.prototypes(features, labels, num_classes)
+
+
+def prototypical_loss(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    metric: str = "sqeuclidean",
+    temperature: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Loss and logits of a prototypical network's head.
+
+    .. math:: z_{ik} = -\tau \, D(q_i, c_k), \qquad L = \frac{1}{m} \sum_i \big(\log \sum_k e^{z_{ik}} - z_{i y_i}\big)
+
+    with the class means :math:`c_k` of the support rows and a metric D of :func:`pairwise_distance`. Snell, Swersky
+    and Zemel, *Prototypical Networks for Few-shot Learning*, 2017. With the squared Euclidean metric one fused
+    operator computes both results, and another all gradients. Differentiable to any order.
+
+    Args:
+        support: ``[..., n, d]`` features; half types are promoted to float32.
+        support_labels: ``[..., n]`` int64 class numbers. A class without a row has logit -inf.
+        query: ``[..., m, d]`` features of the dtype of ``support``.
+        query_labels: ``[..., m]`` int64 class numbers.
+        num_classes: C, the ways.
+        metric: ``"sqeuclidean"``, ``"euclidean"``, ``"cityblock"`` or ``"cosine"``.
+        temperature: multiplies the distances; a number, or a tensor that broadcasts over the leading dimensions and
+            gets its gradient.
+
+    Returns:
+        ``(loss [...], logits [..., m, C])`` in float32 or float64, both differentiable. m = 0 gives a loss of nan.
+
+    Raises:
+        TypeError: wrong kind or dtype of an argument.
+        ValueError: unknown metric; shapes or devices do not fit; on the CPU, a class number outside 0 to C - 1 (on a
+            GPU the results of that task are NaN).
+
+    Example:
+        >>> support = torch.tensor([[0.0], [2.0]])
+        >>> loss, logits = prototypical_loss(support, torch.tensor([0, 1]), support, torch.tensor([0, 1]), 2)
+        >>> logits
+        tensor([[-0., -4.],
+                [-4., -0.]])
+    """
+    _check.features(support, "support", "[..., n, d]")
+    _check.features(query, "query", "[..., m, d]")
+    _check.class_labels(support_labels, "support_labels")
+    _check.class_labels(query_labels, "query_labels")
+    _check.class_count(num_classes)
+    if not torch.is_autocast_enabled(support.device.type):
+        _check.same_kind(query, "query", support, "support")
+    _check.same_device(support_labels, "support_labels", support, "support")
+    _check.same_device(query_labels, "query_labels", support, "support")
+    _check.same_size(query, -1, "query", support, -1, "support")
+    _check.same_size(support_labels, -1, "support_labels", support, -2, "support")
+    _check.same_size(query_labels, -1, "query_labels", query, -2, "query")
+    if support.dtype in (torch.bfloat16, torch.float16):
+        support, query = support.float(), query.float()
+    scale, learned = 1.0, None
+    if isinstance(temperature, Tensor):
+        learned = temperature.to(support.dtype)
+    else:
+        scale = float(temperature)
+    if metric != "sqeuclidean":
+        return _composed_loss(support, support_labels, query, query_labels, num_classes, metric, temperature)
+
+    lead = tuple(support.shape[:-2])
+    shapes = (tuple(support_labels.shape[:-1]), tuple(query.shape[:-2]), tuple(query_labels.shape[:-1]))
+    if len(lead) == 1 and learned is None and all(shape == lead for shape in shapes):
+        loss, logits, _ = call(LOSS, support, support_labels, query, query_labels, None, scale, num_classes)
+        return loss, logits
+    names = ("support_labels", "query", "query_labels")
+    lead = _check.broadcast_tasks(
+        ("support", lead),
+        *zip(names, shapes, strict=True),
+        ("temperature", () if learned is None else tuple(learned.shape)),
+    )
+    tasks = torch.Size(lead).numel()
+
+    def fold(value: Tensor, kept: int) -> Tensor:
+        own = value.shape[value.dim() - kept :]
+        return value.expand(*lead, *own).reshape(tasks, *own)
+
+    loss, logits, _ = call(
+        LOSS,
+        fold(support, 2),
+        fold(support_labels, 1),
+        fold(query, 2),
+        fold(query_labels, 1),
+        None if learned is None else fold(learned, 0),
+        scale,
+        num_classes,
+    )
+    return loss.reshape(lead), logits.reshape(*lead, query.shape[-2], num_classes)
+
+
+def _composed_loss(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    metric: str,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    distance = pairwise_distance(query, prototypes(support, support_labels, num_classes), metric)
+    return reference.distance_loss(distance, support_labels, query_labels, temperature)
+
+
+def _means_vjp(need: Any, grads: Any, features: Tensor, labels: Tensor, num_classes: int) -> Any:
+    return MEANS_VJP(grads[0], labels), None, None
+
+
+def _means_jvp(tangents: Any, features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return MEANS(tangents[0], labels, num_classes)
+
+
+def _means_vjp_vjp(need: Any, grads: Any, grad: Tensor, labels: Tensor) -> Any:
+    return MEANS(grads[0], labels, grad.shape[1]), None
+
+
+def _means_vjp_jvp(tangents: Any, grad: Tensor, labels: Tensor) -> Tensor:
+    return MEANS_VJP(tangents[0], labels)
+
+
+def _scaled(temperature: Tensor | None, scale: float) -> float | Tensor:
+    return scale if temperature is None else scale * temperature[:, None, None]
+
+
+def _loss_parts(
+    support: Tensor, support_labels: Tensor, query: Tensor, temperature: Tensor | None, scale: float, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Class means, distances, presence of the classes, and the softmax of the logits, from differentiable operators."""
+    means = MEANS(support, support_labels, num_classes)
+    distance = DISTANCE(query, means, _SQEUCLIDEAN)
+    present = reference.one_hot(support_labels, num_classes).any(-2, keepdim=True)
+    logits = torch.where(present, -_scaled(temperature, scale) * distance, -torch.inf)
+    return means, distance, present, logits.softmax(-1)
+
+
+def _loss_vjp(need: Any, grads: Any, *saved: Any) -> Any:
+    support, support_labels, query, query_labels, temperature, scale, _, _, logits, means = saved
+    grad_support, grad_query, grad_temperature = LOSS_VJP(
+        *grads, support, support_labels, query, query_labels, temperature, scale, logits, means
+    )
+    return grad_support, None, grad_query, None, None if temperature is None else grad_temperature, None, None
+
+
+def _loss_jvp(
+    tangents: Any,
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    num_classes: int,
+) -> Any:
+    means, distance, present, probability = _loss_parts(
+        support, support_labels, query, temperature, scale, num_classes
+    )
+    means_tangent = MEANS(tangents[0], support_labels, num_classes)
+    along = -_scaled(temperature, scale) * DISTANCE_JVP(query, means, tangents[2], means_tangent, _SQEUCLIDEAN)
+    if temperature is not None:
+        along = along - _scaled(tangents[4], scale) * distance
+    along = torch.where(present, along, 0.0)
+    own = along.gather(-1, query_labels.unsqueeze(-1)).squeeze(-1)
+    return ((probability * along).sum(-1) - own).mean(-1), along, means_tangent
+
+
+def _loss_vjp_closed(
+    grad_loss: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_means: Tensor | None,
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    logits: Tensor,
+    means: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What LOSS_VJP computes. ``logits`` and ``means`` are functions of the other arguments, and are computed anew."""
+    num_classes = means.shape[1]
+    means, distance, present, probability = _loss_parts(
+        support, support_labels, query, temperature, scale, num_classes
+    )
+    upstream = torch.zeros_like(distance) if grad_logits is None else grad_logits
+    if grad_loss is not None:
+        target = reference.one_hot(query_labels, num_classes).to(probability.dtype)
+        upstream = upstream + grad_loss[:, None, None] / query.shape[1] * (probability - target)
+    upstream = torch.where(present, upstream, 0.0)
+    to_query, to_means = DISTANCE_VJP(-_scaled(temperature, scale) * upstream, query, means, _SQEUCLIDEAN)
+    if grad_means is not None:
+        to_means = to_means + grad_means
+    to_support = MEANS_VJP(to_means, support_labels)
+    if temperature is None:
+        return to_support, to_query, query.new_empty(0)
+    return to_support, to_query, -scale * (upstream * distance).sum((-2, -1))
+
+
+_closed_vjp, _closed_jvp = closed_form(_loss_vjp_closed)
+
+differentiable(MEANS, vjp=_means_vjp, jvp=_means_jvp)
+differentiable(MEANS_VJP, vjp=_means_vjp_vjp, jvp=_means_vjp_jvp)
+differentiable(LOSS, vjp=_loss_vjp, jvp=_loss_jvp, save_outputs=True)
+differentiable(LOSS_VJP, vjp=_closed_vjp, jvp=_closed_jvp)
+for _op in (MEANS, MEANS_VJP, LOSS, LOSS_VJP):
+    fold_into_tasks(_op)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast(LOSS, _device, torch.float32)
+
+
+@torch.library.register_fake(MEANS)
+def _(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return features.new_empty(features.shape[0], num_classes, features.shape[2])
+
+
+@torch.library.register_fake(MEANS_VJP)
+def _(grad: Tensor, labels: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], labels.shape[1], grad.shape[2])
+
+
+@torch.library.register_fake(LOSS)
+def _(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tasks, m, d = query.shape
+    return query.new_empty(tasks), query.new_empty(tasks, m, num_classes), query.new_empty(tasks, num_classes, d)
+
+
+@torch.library.register_fake(LOSS_VJP)
+def _(
+    grad_loss: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_prototypes: Tensor | None,
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    logits: Tensor,
+    prototypes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tasks = query.shape[0]
+    return (
+        query.new_empty(support.shape),
+        query.new_empty(query.shape),
+        query.new_empty(0 if temperature is None else tasks),
+    )
+
+
+def _fallback_loss(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    means = reference.prototypes(support, support_labels, num_classes)
+    distance = reference.pairwise_distance(query, means)
+    tau = scale if temperature is None else scale * temperature
+    return *reference.distance_loss(distance, support_labels, query_labels, tau), means
+
+
+fallback(MEANS, reference.prototypes)
+fallback(MEANS_VJP, reference.prototypes_vjp)
+fallback(LOSS, _fallback_loss)
+fallback(LOSS_VJP, _loss_vjp_closed)

@@ -1,0 +1,139 @@
+"""The operators of metafast in plain PyTorch: the oracle of the tests and the documentation of the maths.
+
+Shapes use ``T`` for leading (task) dimensions, ``n`` support rows, ``m`` query rows, ``d`` features and ``C`` classes.
+These functions also run wherever an operator has no compiled kernel for a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Norms below this are replaced by it in the cosine distance, as in ``torch.nn.functional.cosine_similarity``.
+COSINE_EPS = 1e-8
+
+
+def safe_sqrt(square: Tensor) -> Tensor:
+    """sqrt with derivative 0 (of every order) where the argument is 0."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def _clamped_norm(x: Tensor) -> Tensor:
+    norm = safe_sqrt(x.square().sum(-1, keepdim=True))
+    return torch.where(norm > COSINE_EPS, norm, COSINE_EPS)
+
+
+def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tensor:
+    """Distances of all rows of ``x [..., n, d]`` to all rows of ``y [..., m, d]`` by broadcast differences: ``[..., n, m]``."""
+    if metric == "cosine":
+        unit_x, unit_y = x / _clamped_norm(x), y / _clamped_norm(y)
+        return 1 - unit_x @ unit_y.transpose(-1, -2)
+    difference = x.unsqueeze(-2) - y.unsqueeze(-3)
+    if metric == "cityblock":
+        return difference.abs().sum(-1)
+    square = difference.square().sum(-1)
+    if metric == "sqeuclidean":
+        return square
+    if metric == "euclidean":
+        return safe_sqrt(square)
+    raise ValueError(f"metric: expected sqeuclidean, euclidean, cityblock or cosine, got {metric!r}")
+
+
+def _slopes(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``step, w, x_part, y_part`` of every pair: dD/dx = w step + x_part x and dD/dy = -w step + y_part y."""
+    step = x.unsqueeze(-2) - y.unsqueeze(-3)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    if metric == "sqeuclidean":
+        return step, zero + 2, zero, zero
+    if metric == "cityblock":
+        return step.sign(), zero + 1, zero, zero
+    if metric == "euclidean":
+        distance = step.square().sum(-1).sqrt()
+        return step, torch.where(distance == 0, 0.0, 1 / distance), zero, zero
+    x_square, y_square = x.square().sum(-1).unsqueeze(-1), y.square().sum(-1).unsqueeze(-2)
+    x_norm, y_norm = _clamped_norm(x), _clamped_norm(y).transpose(-1, -2)
+    w = 1 / (x_norm * y_norm)
+    x_part = torch.where(x_square.sqrt() == x_norm, -(step * x.unsqueeze(-2)).sum(-1) / x_square, -1.0)
+    y_part = torch.where(y_square.sqrt() == y_norm, (step * y.unsqueeze(-3)).sum(-1) / y_square, -1.0)
+    return step, w, w * x_part, w * y_part
+
+
+def pairwise_distance_vjp(grad: Tensor, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """The gradients of ``sum(grad * pairwise_distance(x, y, metric))`` for ``x`` and ``y``."""
+    step, w, x_part, y_part = _slopes(x, y, metric)
+    weighted = (grad * w).unsqueeze(-1) * step
+    grad_x = weighted.sum(-2) + (grad * x_part).sum(-1, keepdim=True) * x
+    grad_y = (grad * y_part).sum(-2).unsqueeze(-1) * y - weighted.sum(-3)
+    return grad_x, grad_y
+
+
+def pairwise_distance_jvp(x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor, metric: str) -> Tensor:
+    """The tangent of ``pairwise_distance(x, y, metric)``."""
+    step, w, x_part, y_part = _slopes(x, y, metric)
+    along = (step * (tangent_x.unsqueeze(-2) - tangent_y.unsqueeze(-3))).sum(-1)
+    of_x, of_y = (x * tangent_x).sum(-1).unsqueeze(-1), (y * tangent_y).sum(-1).unsqueeze(-2)
+    return w * along + x_part * of_x + y_part * of_y
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """``labels [..., n]`` as booleans ``[..., n, C]``."""
+    return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
+
+
+def _nan_where_invalid(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """0, or NaN for a task with a class number outside 0 to C - 1: ``[..., 1, 1]``."""
+    valid = ((labels >= 0) & (labels < num_classes)).all(-1)
+    return torch.where(valid, 0.0, torch.nan).to(like.dtype)[..., None, None]
+
+
+def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Class means ``sum_i w_ic x_i / sum_i w_ic``, zeros for a class without weight: ``[..., C, d]``.
+
+    ``labels`` holds class numbers ``[..., n]`` or weights ``[..., n, C]``. A class number outside 0 to C - 1 makes
+    the prototypes of its task NaN.
+    """
+    if not labels.is_floating_point():
+        labels = one_hot(labels, num_classes).to(features.dtype) + _nan_where_invalid(labels, num_classes, features)
+    weight = labels.sum(-2)
+    empty = weight == 0
+    total = labels.transpose(-1, -2) @ features
+    return torch.where(empty.unsqueeze(-1), 0.0, total / torch.where(empty, 1.0, weight).unsqueeze(-1))
+
+
+def prototypes_vjp(grad: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of ``sum(grad * prototypes(features, labels, C))`` for ``features``, for class numbers: ``[..., n, d]``."""
+    num_classes = grad.shape[-2]
+    weight = one_hot(labels, num_classes).to(grad.dtype) + _nan_where_invalid(labels, num_classes, grad)
+    return weight @ (grad / weight.sum(-2).clamp(min=1).unsqueeze(-1))
+
+
+def distance_loss(
+    distance: Tensor, support_labels: Tensor, query_labels: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the query rows, and logits ``-temperature * distance``: -inf for a class without support."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None, None]
+    present = one_hot(support_labels, distance.shape[-1]).any(-2, keepdim=True)
+    logits = torch.where(present, -temperature * distance, -torch.inf)
+    logits = logits + _nan_where_invalid(query_labels, distance.shape[-1], logits)
+    own = one_hot(query_labels, distance.shape[-1])
+    log_probability = torch.where(own, logits.log_softmax(-1), 0.0).sum(-1)
+    return -log_probability.mean(-1), logits
+
+
+def prototypical_loss(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    metric: str = "sqeuclidean",
+    temperature: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``logits = -temperature * distance(query, prototypes)`` and its mean cross-entropy over the query rows.
+
+    A class without a support row has logit -inf.
+    """
+    distance = pairwise_distance(query, prototypes(support, support_labels, num_classes), metric)
+    return distance_loss(distance, support_labels, query_labels, temperature)

@@ -1,0 +1,71 @@
+"""Build ``metafast._C``: one abi3 library on the stable ABI of torch 2.11, with the CUDA sources where nvcc is found.
+
+Environment: ``METAFAST_CUDA=0`` leaves CUDA out, ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the GPUs
+(default: 7.5 8.0 9.0, and PTX for newer ones), ``MAX_JOBS`` the parallel compilations, ``CXX`` the C++ compiler.
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils import cpp_extension
+
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+
+
+def cuda_home() -> str | None:
+    """The toolkit to build with, or None for a CPU-only build."""
+    if os.environ.get("METAFAST_CUDA", "1") == "0":
+        return None
+    if home := os.environ.get("CUDA_HOME"):
+        if not Path(home, "bin", "nvcc").exists():
+            raise SystemExit(f"CUDA_HOME={home} holds no bin/nvcc; correct it or set METAFAST_CUDA=0")
+        return home
+    if nvcc := shutil.which("nvcc"):
+        home = Path(nvcc).resolve().parent.parent
+        # nvcc on PATH may be a wrapper script outside the toolkit.
+        candidates = [home, Path("/usr/local/cuda")]
+        return next((str(c) for c in candidates if (c / "include" / "cuda_runtime.h").exists()), None)
+    return None
+
+
+def extension() -> cpp_extension.CppExtension:
+    root = Path(__file__).parent
+    sources = [root / "csrc" / "library.cpp", *sorted((root / "csrc" / "cpu").glob("*.cpp"))]
+    defines = [TORCH_TARGET]
+    # torch's headers are system headers here: warnings are errors in our own sources only.
+    system = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    cxx = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"]
+    compile_args = {"cxx": [*cxx, *WARNINGS, *system, *defines]}
+    link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    libraries, library_dirs = [], []
+    if home := cuda_home():
+        cpp_extension.CUDA_HOME = home  # torch leaves it None in its CPU-only build
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
+        sources += sorted((root / "csrc" / "cuda").glob("*.cu"))
+        defines += ["-DUSE_CUDA"]
+        compile_args["cxx"] += [f"-isystem{home}/include"]
+        compile_args["nvcc"] = [
+            "-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-fvisibility=hidden,-Wall", *system, *defines,
+        ]  # fmt: skip
+        libraries, library_dirs = ["cudart_static", "rt", "dl", "pthread"], [f"{home}/lib64"]
+    return cpp_extension.CppExtension(
+        "metafast._C",
+        [str(source.relative_to(root)) for source in sources],
+        include_dirs=[str(root / "csrc")],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        libraries=libraries,
+        library_dirs=library_dirs,
+        py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),
+    )
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
