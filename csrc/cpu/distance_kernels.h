@@ -4,8 +4,8 @@
 constexpr int64_t kBlock = 64;
 
 template <class S, class M, int R, int C>
-METAFAST_HOST_DEVICE void tile_sums(const S* const (&x)[R], const S* const (&y)[C], int64_t d,
-                                    accumulate_t<S> (&result)[R][C][M::kSums]) {
+__attribute__((noinline)) void tile_sums(const S* const (&x)[R], const S* const (&y)[C], int64_t d,
+                                         accumulate_t<S> (&result)[R][C][M::kSums]) {
   using A = accumulate_t<S>;
   using V = vector_t<A>;
   constexpr int64_t W = kWidth<A>;
@@ -41,10 +41,13 @@ METAFAST_HOST_DEVICE void tile_sums(const S* const (&x)[R], const S* const (&y)[
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      for (int s = 0; s < M::kSums; ++s) result[r][c][s] = sum<A>(total[r][c][s]);
-    }
+  for (int s = 0; s < M::kSums; ++s) {
+    V column[R * C];
+    A folded[R * C];
+#pragma GCC unroll 16
+    for (int k = 0; k < R * C; ++k) column[k] = total[k / C][k % C][s];
+    sums<A, R * C>(column, folded);
+    for (int k = 0; k < R * C; ++k) result[k / C][k % C][s] = folded[k];
   }
 }
 
@@ -177,6 +180,9 @@ void distance_spread(const accumulate_t<S>* weight, const accumulate_t<S>* x_par
     }
   }
   int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    spread_rows<S, D, 4>(weight, x_part, x, columns, grad_x, sums, t, i, m, begin, end, chunk);
+  }
   for (; i + 2 <= n; i += 2) {
     spread_rows<S, D, 2>(weight, x_part, x, columns, grad_x, sums, t, i, m, begin, end, chunk);
   }

@@ -2,6 +2,11 @@
 // Standard and torch headers come first: an inline function of theirs must not be compiled for a newer instruction set.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
 #include "cpu/isa.h"
 #include "dispatch.h"
 #include "math/distance.h"

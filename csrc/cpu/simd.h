@@ -70,15 +70,56 @@ METAFAST_HOST_DEVICE void store_part(S* to, vector_t<accumulate_t<S>> value, int
   for (int64_t k = 0; k < count; ++k) to[k] = static_cast<S>(value[k]);
 }
 
-// Sum of the entries, as a balanced tree.
+template <class A, int64_t... I>
+METAFAST_HOST_DEVICE vector_t<A> shuffle(vector_t<A> a, vector_t<A> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, typename VectorOf<A>::bits{I...});
+#endif
+}
+
+// a and b each hold groups of G entries; the result holds the groups of a, then those of b, each folded in half by adding.
+template <class A, int64_t G, int64_t... L>
+METAFAST_HOST_DEVICE vector_t<A> fold(vector_t<A> a, vector_t<A> b, std::integer_sequence<int64_t, L...>) {
+  constexpr int64_t W = kWidth<A>, H = W / 2;
+  return shuffle<A, (L / H * W + L % H / (G / 2) * G + L % (G / 2))...>(a, b) +
+         shuffle<A, (L / H * W + L % H / (G / 2) * G + L % (G / 2) + G / 2)...>(a, b);
+}
+
+template <class A, int N, int64_t G>
+METAFAST_HOST_DEVICE vector_t<A> fold_all(const vector_t<A>* values) {
+  constexpr auto lanes = std::make_integer_sequence<int64_t, kWidth<A>>{};
+  if constexpr (N > 1) {
+    vector_t<A> halved[N / 2];
+#pragma GCC unroll 16
+    for (int k = 0; k < N / 2; ++k) halved[k] = fold<A, G>(values[2 * k], values[2 * k + 1], lanes);
+    return fold_all<A, N / 2, G / 2>(halved);
+  } else if constexpr (G > 1) {
+    const vector_t<A> halved[1] = {fold<A, G>(values[0], values[0], lanes)};
+    return fold_all<A, 1, G / 2>(halved);
+  } else {
+    return values[0];
+  }
+}
+
+// The sums of the entries of N vectors (a power of two), each as a balanced tree.
+template <class A, int N>
+METAFAST_HOST_DEVICE void sums(const vector_t<A>* values, A* result) {
+  constexpr int kAtOnce = N < kWidth<A> ? N : kWidth<A>;
+#pragma GCC unroll 16
+  for (int k = 0; k < N; k += kAtOnce) {
+    const vector_t<A> folded = fold_all<A, kAtOnce, kWidth<A>>(values + k);
+#pragma GCC unroll 16
+    for (int i = 0; i < kAtOnce; ++i) result[k + i] = folded[i];
+  }
+}
+
 template <class A>
 METAFAST_HOST_DEVICE A sum(vector_t<A> value) {
-  A entries[kWidth<A>];
-  __builtin_memcpy(entries, &value, sizeof value);
-  for (int64_t half = kWidth<A> / 2; half > 0; half /= 2) {
-    for (int64_t k = 0; k < half; ++k) entries[k] += entries[k + half];
-  }
-  return entries[0];
+  A result;
+  sums<A, 1>(&value, &result);
+  return result;
 }
 
 // exp to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87.3, NaN stays NaN.

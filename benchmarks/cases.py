@@ -1,0 +1,478 @@
+"""Every benchmark case, once: its inputs, our operator, the competitors, the correctness check and the goals.
+
+``benchmarks.ratios`` times the variants of a case interleaved and decides the goals; ``pytest benchmarks``
+times the same variants one by one. A new case is one more entry of ``CASES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import episodes
+from metafast import pairwise_distance, prototypes, prototypical_loss, reference
+
+OURS = "metafast"
+
+#: Largest error of a variant relative to the largest entry of the float64 result; float32 stays below 1e-6.
+TOLERANCE = 5e-6
+
+FLOAT_BYTES = 4
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``tasks`` episodes of ``ways`` classes with ``shots`` support and ``queries`` query rows each."""
+
+    tasks: int = 32
+    ways: int = 5
+    shots: int = 5
+    queries: int = 15
+    features: int = 64
+
+    @property
+    def support_rows(self) -> int:
+        return self.ways * self.shots
+
+    @property
+    def query_rows(self) -> int:
+        return self.ways * self.queries
+
+    def shrunk(self) -> Sizes:
+        """The same shape in small."""
+        limits = {"tasks": 2, "ways": 3, "shots": 2, "queries": 2, "features": 7}
+        return replace(self, **{name: min(limit, getattr(self, name)) for name, limit in limits.items()})
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every variant of a case receives: the arguments, and the gradient that comes in."""
+
+    arguments: tuple[Any, ...]
+    upstream: Tensor | None = None
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        return tuple(a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad)
+
+    def double(self) -> Inputs:
+        """The same inputs in float64, as leaves of their own."""
+
+        def convert(argument: Any) -> Any:
+            if isinstance(argument, Tensor) and argument.is_floating_point():
+                return argument.detach().double().requires_grad_(argument.requires_grad)
+            return argument
+
+        return Inputs(tuple(map(convert, self.arguments)), convert(self.upstream))
+
+
+def forward_backward(function: Callable[..., Tensor], inputs: Inputs) -> Call:
+    """A call of ``function`` and its backward: ``(output, gradient of each differentiable argument)``."""
+    differentiable = inputs.differentiable
+
+    def call() -> tuple[Tensor, ...]:
+        output = function(*inputs.arguments)
+        return output, *torch.autograd.grad(output, differentiable, inputs.upstream)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a case's work: ``prepare(function, inputs)`` gives the call that is timed."""
+
+    name: str
+    function: Callable[..., Any]
+    prepare: Callable[[Callable[..., Any], Inputs], Call] = forward_backward
+    compiled: bool = False
+    #: False for a yardstick that does other work on purpose.
+    checked: bool = True
+
+    def call(self, inputs: Inputs, compiler: Callable[..., Any] = torch.compile) -> Call:
+        function = compiler(self.function, fullgraph=True, dynamic=False) if self.compiled else self.function
+        return self.prepare(function, inputs)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What our time is held against: the fastest variant of ``against``.
+
+    The ratio is their time over ours, to be at least ``gate`` and, better, ``stretch``; with ``at_most`` it
+    is ours over theirs, to be at most these.
+    """
+
+    against: tuple[str, ...]
+    gate: float
+    stretch: float | None = None
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload. The first variant is ours; ``check(inputs)`` gives a function from result to error."""
+
+    name: str
+    title: str
+    sizes: Any
+    #: Sizes of a correctness test of milliseconds.
+    tiny: Any
+    inputs: Callable[[Any], Inputs]
+    check: Callable[[Inputs], Callable[[Any], float]]
+    variants: tuple[Variant, ...]
+    goals: tuple[Goal, ...]
+    #: Least bytes to and from cold caches and least arithmetic of a call; 0 where the case is not about them.
+    traffic: int = 0
+    flops: int = 0
+    #: Episodes that a call builds.
+    episodes: int = 0
+    quick: bool = False
+
+
+def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest error of any result relative to the largest entry expected; NaN and wrong shapes never pass."""
+    if len(results) != len(expected):
+        return float("inf")
+    errors = []
+    for result, wanted in zip(results, expected, strict=True):
+        value = result.detach()
+        if value.shape != wanted.shape:
+            return float("inf")
+        scale = wanted.abs().max()
+        errors.append((value.double() - wanted).abs().max() / torch.where(scale > 0, scale, 1.0))
+    return float(torch.stack(errors).max())
+
+
+def against_float64(function: Callable[..., Tensor]) -> Callable[[Inputs], Callable[[Any], float]]:
+    """A check of values and gradients against ``function`` in float64."""
+
+    def check(inputs: Inputs) -> Callable[[Any], float]:
+        expected = tuple(t.detach() for t in forward_backward(function, inputs.double())())
+        return lambda results: relative_error(results, expected)
+
+    return check
+
+
+def shuffled_labels(tasks: int, ways: int, per_class: int, generator: torch.Generator) -> Tensor:
+    """Every class ``per_class`` times in each task, in random order: ``[T, ways * per_class]``."""
+    order = torch.rand(tasks, ways * per_class, generator=generator).argsort(-1)
+    return torch.arange(ways).repeat_interleave(per_class)[order]
+
+
+def head_inputs(sizes: Sizes) -> Inputs:
+    """Clusters of unit size, so that the softmax is not saturated and no gradient is a denormal number."""
+    g = torch.Generator().manual_seed(0)
+    support_labels = shuffled_labels(sizes.tasks, sizes.ways, sizes.shots, g)
+    query_labels = shuffled_labels(sizes.tasks, sizes.ways, sizes.queries, g)
+    centres = torch.randn(sizes.tasks, sizes.ways, sizes.features, generator=g)
+
+    def features(labels: Tensor) -> Tensor:
+        own_centre = centres.gather(1, labels.unsqueeze(-1).expand(-1, -1, sizes.features))
+        noise = torch.randn(own_centre.shape, generator=g)
+        return ((own_centre + noise) / math.sqrt(sizes.features)).requires_grad_()
+
+    return Inputs(
+        (features(support_labels), support_labels, features(query_labels), query_labels, sizes.ways)
+    )
+
+
+def prototypes_inputs(sizes: Sizes) -> Inputs:
+    g = torch.Generator().manual_seed(1)
+    labels = shuffled_labels(sizes.tasks, sizes.ways, sizes.shots, g)
+    features = torch.randn(sizes.tasks, sizes.support_rows, sizes.features, generator=g).requires_grad_()
+    upstream = torch.randn(sizes.tasks, sizes.ways, sizes.features, generator=g)
+    return Inputs((features, labels, sizes.ways), upstream)
+
+
+def distance_inputs(sizes: Sizes) -> Inputs:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(sizes.tasks, sizes.query_rows, sizes.features, generator=g).requires_grad_()
+    y = torch.randn(sizes.tasks, sizes.ways, sizes.features, generator=g).requires_grad_()
+    return Inputs((x, y), torch.randn(sizes.tasks, sizes.query_rows, sizes.ways, generator=g))
+
+
+def one_hot_means(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """Class means by one bmm; weights laid out ``[T, C, n]``, divided before the product, are fastest."""
+    weight = (labels.unsqueeze(1) == torch.arange(ways).unsqueeze(-1)).to(features.dtype)
+    return torch.bmm(weight / weight.sum(-1, keepdim=True), features)
+
+
+def index_add_means(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """Class means by one index_add over all tasks at once."""
+    tasks, _, d = features.shape
+    row = (labels + ways * torch.arange(tasks).unsqueeze(-1)).view(-1)
+    per_row = torch.bincount(row, minlength=tasks * ways).reciprocal().unsqueeze(-1)
+    total = features.new_zeros(tasks * ways, d).index_add(0, row, features.view(-1, d))
+    return (total * per_row).view(tasks, ways, d)
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+def fused_head(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+) -> Tensor:
+    return prototypical_loss(support, support_labels, query, query_labels, ways)[0].mean()
+
+
+def reference_head(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+) -> Tensor:
+    return reference.prototypical_loss(support, support_labels, query, query_labels, ways)[0].mean()
+
+
+def cdist_head(means: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def head(
+        support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+    ) -> Tensor:
+        return mean_cross_entropy(
+            -torch.cdist(query, means(support, support_labels, ways)).square(), query_labels
+        )
+
+    return head
+
+
+def linear_head(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+) -> Tensor:
+    """The squared distance without ``|x|^2``, which softmax does not see: ``2 x p - |p|^2``."""
+    centre = one_hot_means(support, support_labels, ways)
+    logits = 2 * (query @ centre.transpose(1, 2)) - centre.square().sum(-1).unsqueeze(1)
+    return mean_cross_entropy(logits, query_labels)
+
+
+def broadcast_head(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+) -> Tensor:
+    centre = one_hot_means(support, support_labels, ways)
+    logits = -(query.unsqueeze(2) - centre.unsqueeze(1)).square().sum(-1)
+    return mean_cross_entropy(logits, query_labels)
+
+
+def looped_means(features: Tensor, labels: Tensor) -> Tensor:
+    present = torch.unique(labels)
+    means = features.new_zeros(len(present), features.shape[-1])
+    for row, label in enumerate(present):
+        means[row] = features[labels == label].mean(0)
+    return means
+
+
+def looped_head(episodes_of: Callable[[Tensor], Sequence[Tensor]]) -> Callable[..., Tensor]:
+    """One episode after the other and one class after the other: the shape of learn2learn's classifier."""
+
+    def head(
+        support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+    ) -> Tensor:
+        losses = []
+        for x, y, x_query, y_query in zip(
+            *map(episodes_of, (support, support_labels, query, query_labels)), strict=True
+        ):
+            distance = (looped_means(x, y).unsqueeze(0) - x_query.unsqueeze(1)).square().sum(-1)
+            losses.append(F.cross_entropy(-distance, y_query))
+        return torch.stack(losses).mean()
+
+    return head
+
+
+def by_index(batch: Tensor) -> list[Tensor]:
+    """As users take episodes from a batch; the backward of each index fills a batch with zeros."""
+    return [batch[task] for task in range(len(batch))]
+
+
+def cdist_squared(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cdist(x, y).square()
+
+
+def expanded_distance(x: Tensor, y: Tensor) -> Tensor:
+    """``|x|^2 + |y|^2 - 2 x y`` with the cross term and one sum in a single baddbmm."""
+    y_square = y.square().sum(-1).unsqueeze(1)
+    return torch.baddbmm(y_square, x, y.transpose(1, 2), alpha=-2) + x.square().sum(-1, keepdim=True)
+
+
+def four_calls(x: Tensor, y: Tensor) -> Tensor:
+    """The yardstick of host cost: a chain of four ATen calls."""
+    return x.sub(y).square().sum(-1, keepdim=True).mul(1.0)
+
+
+def builder(function: Callable[..., Call], inputs: Inputs) -> Call:
+    """What builds data has no gradient and makes its own call."""
+    return function(*inputs.arguments)
+
+
+def head_case(features: int, goals: tuple[Goal, ...]) -> Case:
+    sizes = Sizes(features=features)
+    rows = sizes.support_rows + sizes.query_rows
+    return Case(
+        name=f"prototypical-head-d{features}",
+        title=f"prototypical head, d = {features}",
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=head_inputs,
+        check=against_float64(reference_head),
+        variants=(
+            Variant(OURS, fused_head),
+            Variant("torch.cdist, one-hot means", cdist_head(one_hot_means)),
+            Variant("torch.cdist, index_add means", cdist_head(index_add_means)),
+            Variant("linear form", linear_head),
+            Variant("torch.compile, linear form", linear_head, compiled=True),
+            Variant("torch.compile, broadcast form", broadcast_head, compiled=True),
+            Variant("per-class Python loop", looped_head(torch.unbind)),
+            Variant("per-class Python loop, indexed", looped_head(by_index)),
+        ),
+        goals=goals,
+        # The features are read once and their gradients written once.
+        traffic=2 * sizes.tasks * rows * features * FLOAT_BYTES,
+        flops=sizes.tasks * (6 * sizes.query_rows * sizes.ways + 2 * sizes.support_rows) * features,
+        quick=True,
+    )
+
+
+def prototypes_case(features: int, goal: Goal) -> Case:
+    sizes = Sizes(features=features)
+    return Case(
+        name=f"prototypes-d{features}",
+        title=f"prototypes, d = {features}",
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=prototypes_inputs,
+        check=against_float64(reference.prototypes),
+        variants=(
+            Variant(OURS, prototypes),
+            Variant("one-hot bmm", one_hot_means),
+            Variant("index_add", index_add_means),
+        ),
+        goals=(goal,),
+        # Rows in and means out, then the means' gradient in and the rows' gradient out.
+        traffic=2 * sizes.tasks * (sizes.support_rows + sizes.ways) * features * FLOAT_BYTES,
+        flops=2 * sizes.tasks * sizes.support_rows * features,
+        quick=True,
+    )
+
+
+def distance_case(features: int, goal: Goal) -> Case:
+    sizes = Sizes(features=features)
+    rows, columns = sizes.query_rows, sizes.ways
+    return Case(
+        name=f"pairwise-distance-d{features}",
+        title=f"pairwise_distance, sqeuclidean, d = {features}",
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=distance_inputs,
+        check=against_float64(reference.pairwise_distance),
+        variants=(
+            Variant(OURS, pairwise_distance),
+            Variant("torch.cdist, squared", cdist_squared),
+            Variant("expanded form, baddbmm", expanded_distance),
+        ),
+        goals=(goal,),
+        # Rows are read by the forward pass, read again by the backward pass and their gradients written.
+        traffic=sizes.tasks * (3 * (rows + columns) * features + 2 * rows * columns) * FLOAT_BYTES,
+        flops=6 * sizes.tasks * rows * columns * features,
+        quick=True,
+    )
+
+
+def host_cost_case(
+    name: str,
+    inputs: Callable[[Sizes], Inputs],
+    check: Callable[..., Any],
+    ours: Callable[..., Any],
+    chain: Callable[..., Any],
+) -> Case:
+    """Host time of one recorded call and its backward: tensors of one element leave nothing to compute."""
+    sizes = Sizes(tasks=1, ways=1, shots=1, queries=1, features=1)
+    return Case(
+        name=f"host-cost-{name.replace('_', '-')}",
+        title=f"host cost of {name}",
+        sizes=sizes,
+        tiny=sizes,
+        inputs=inputs,
+        check=check,
+        variants=(Variant(OURS, ours), Variant("chain of four ATen calls", chain, checked=False)),
+        goals=(Goal(("chain of four ATen calls",), gate=1.2, stretch=0.8, at_most=True),),
+    )
+
+
+def episodes_case(title: str) -> Case:
+    sizes = episodes.SIZES[title]
+    return Case(
+        name=f"episodes-{title.replace(' ', '-')}",
+        title=f"building episodes, {title}",
+        sizes=sizes,
+        tiny=replace(sizes, ways=3, shots=2, queries=2, tasks=2, classes=5),
+        inputs=lambda sizes: Inputs((sizes,)),
+        check=lambda inputs: lambda batch: float(episodes.wrong(batch, *inputs.arguments)),
+        variants=(
+            Variant(OURS, episodes.ours, prepare=builder),
+            Variant("loop over tasks, DataLoader", episodes.loop_dataloader, prepare=builder),
+        ),
+        goals=(Goal(("loop over tasks, DataLoader",), 20.0),),
+        episodes=sizes.tasks,
+    )
+
+
+_CDIST_HEADS = ("torch.cdist, one-hot means", "torch.cdist, index_add means")
+_ONE = torch.ones(1, 1, 1)
+
+CASES: tuple[Case, ...] = (
+    head_case(
+        1600,
+        (
+            Goal(_CDIST_HEADS, 4.0, 7.0),
+            Goal(("torch.compile, linear form",), 2.5, 4.5),
+            Goal(("per-class Python loop",), 45.0, 70.0),
+        ),
+    ),
+    head_case(
+        64,
+        (
+            Goal(_CDIST_HEADS, 3.0, 6.0),
+            Goal(("torch.compile, linear form",), 1.7, 3.5),
+            Goal(("per-class Python loop",), 80.0, 140.0),
+        ),
+    ),
+    prototypes_case(1600, Goal(("one-hot bmm", "index_add"), 2.0, 3.0)),
+    prototypes_case(64, Goal(("one-hot bmm", "index_add"), 1.4, 3.0)),
+    distance_case(1600, Goal(("torch.cdist, squared",), 2.5, 6.0)),
+    distance_case(64, Goal(("torch.cdist, squared",), 2.5, 6.0)),
+    host_cost_case(
+        "pairwise_distance",
+        distance_inputs,
+        against_float64(reference.pairwise_distance),
+        pairwise_distance,
+        four_calls,
+    ),
+    host_cost_case(
+        "prototypes",
+        prototypes_inputs,
+        against_float64(reference.prototypes),
+        prototypes,
+        lambda features, labels, ways: four_calls(features, _ONE),
+    ),
+    host_cost_case(
+        "prototypical_loss",
+        head_inputs,
+        against_float64(lambda *arguments: reference.prototypical_loss(*arguments)[0]),
+        lambda *arguments: prototypical_loss(*arguments)[0],
+        lambda support, support_labels, query, query_labels, ways: four_calls(support, query),
+    ),
+    *map(episodes_case, episodes.SIZES),
+)
+
+
+def find(names: Sequence[str]) -> tuple[Case, ...]:
+    """The cases whose name contains one of ``names``; all of them for an empty sequence."""
+    for name in names:
+        if not any(name in case.name for case in CASES):
+            raise ValueError(
+                f"only: no case named {name!r}; there are {', '.join(case.name for case in CASES)}"
+            )
+    return tuple(case for case in CASES if not names or any(name in case.name for name in names))

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from metafast.backbones import Conv4
+
+
+def test_parameter_names_are_those_of_the_reference_code():
+    names = [
+        f"encoder.{block}.{layer}.{kind}"
+        for block in range(4)
+        for layer in (0, 1)
+        for kind in ("weight", "bias")
+    ]
+    assert [name for name, _ in Conv4().named_parameters()] == names
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "channels", "height", "width", "features"),
+    [(1, 64, 28, 28, 64), (3, 64, 84, 84, 1600), (3, 32, 84, 84, 800), (1, 8, 16, 16, 8), (2, 5, 47, 33, 20)],
+)
+def test_features(in_channels, channels, height, width, features):
+    encoder = Conv4(in_channels, channels).eval()
+    assert encoder.features(height, width) == features
+    assert encoder(torch.zeros(2, in_channels, height, width)).shape == (2, features)
+
+
+def test_square_images_need_one_size():
+    assert Conv4().features(28) == 64
+
+
+def test_equals_the_plain_chain_of_layers():
+    torch.manual_seed(0)
+    encoder = Conv4(3, 6).double()
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    state = encoder.state_dict()
+    maps = images
+    for block in range(4):
+        weight, bias = state[f"encoder.{block}.0.weight"].contiguous(), state[f"encoder.{block}.0.bias"]
+        maps = torch.nn.functional.conv2d(maps, weight, bias, padding=1)
+        mean = maps.mean((0, 2, 3), keepdim=True)
+        variance = maps.var((0, 2, 3), unbiased=False, keepdim=True)
+        maps = ((maps - mean) / (variance + 1e-5).sqrt()).relu()
+        maps = torch.nn.functional.max_pool2d(maps, 2)
+    torch.testing.assert_close(encoder(images), maps.flatten(1), rtol=1e-10, atol=1e-10)
+
+
+def test_order_of_images_in_memory_does_not_matter():
+    torch.manual_seed(0)
+    encoder = Conv4(3, 8)
+    images = torch.rand(5, 3, 20, 24)
+    turned = images.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(encoder(turned), encoder(images))
+
+
+def test_state_dict_goes_through_a_plain_copy():
+    torch.manual_seed(0)
+    first, second = Conv4(channels=4).eval(), Conv4(channels=4).eval()
+    second.load_state_dict({name: value.contiguous() for name, value in first.state_dict().items()})
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(first(images), second(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0,), ValueError, "in_channels: expected at least 1, got 0"),
+        ((1, -3), ValueError, "channels: expected at least 1, got -3"),
+        ((1.0,), TypeError, "in_channels: expected an int, got float"),
+        ((1, True), TypeError, "channels: expected an int, got bool"),
+    ],
+    ids=["no channels", "negative", "float", "bool"],
+)
+def test_bad_sizes(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Conv4(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(1, 28, 28), ValueError, r"images: expected \[n, 1, H, W\], got \[1, 28, 28\]"),
+        (torch.zeros(2, 3, 28, 28), ValueError, r"images: expected \[n, 1, H, W\], got \[2, 3, 28, 28\]"),
+        (torch.zeros(2, 1, 28, 15), ValueError, "images: expected at least 16 x 16, got 28 x 15"),
+        (
+            torch.zeros(2, 1, 28, 28, dtype=torch.uint8),
+            TypeError,
+            "images: expected a floating point tensor, got torch.uint8",
+        ),
+    ],
+    ids=["rank", "channels", "size", "dtype"],
+)
+def test_bad_images(images, error, message):
+    with pytest.raises(error, match=message):
+        Conv4()(images)

@@ -1,0 +1,314 @@
+"""The benchmarks' own logic, without timing: every variant at small sizes, goals, tables, the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, ceilings, ratios, report
+from benchmarks.cases import OURS, TOLERANCE, Case, Goal, Inputs, Sizes, Variant
+
+
+def uncompiled(function: Any, **_: Any) -> Any:
+    return function
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_variant_computes_the_case(case: Case) -> None:
+    inputs = case.inputs(case.tiny)
+    error_of = case.check(inputs)
+    assert case.variants[0].name == OURS and case.variants[0].checked
+    for variant in case.variants:
+        result = variant.call(inputs, uncompiled)()
+        if variant.checked:
+            assert error_of(result) <= TOLERANCE, variant.name
+
+
+def test_cases_are_named_once_and_goals_name_their_variants() -> None:
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    for case in cases.CASES:
+        assert {name for goal in case.goals for name in goal.against} <= {v.name for v in case.variants[1:]}
+
+
+def test_traffic_and_arithmetic_of_the_head() -> None:
+    head = next(case for case in cases.CASES if case.name == "prototypical-head-d1600")
+    assert (head.traffic, head.flops) == (40_960_000, 117_760_000)
+
+
+def test_find() -> None:
+    assert cases.find([]) == cases.CASES
+    assert [case.name for case in cases.find(["prototypes-d"])] == ["prototypes-d1600", "prototypes-d64"]
+    with pytest.raises(ValueError, match="no case named 'anil'"):
+        cases.find(["anil"])
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "error"),
+    [
+        pytest.param(
+            [torch.tensor([1.0, 4.0])], [torch.tensor([1.0, 5.0])], 0.2, id="relative to the largest"
+        ),
+        pytest.param([torch.tensor([0.0])], [torch.tensor([0.0])], 0.0, id="zero"),
+        pytest.param([torch.ones(1, 2)], [torch.ones(2)], float("inf"), id="other shape"),
+        pytest.param([torch.ones(2)], [torch.ones(2), torch.ones(2)], float("inf"), id="missing gradient"),
+    ],
+)
+def test_relative_error(result: Any, expected: Any, error: float) -> None:
+    assert cases.relative_error(result, [e.double() for e in expected]) == pytest.approx(error)
+
+
+def test_nan_is_wrong() -> None:
+    error = cases.relative_error(
+        [torch.tensor([torch.nan, 1.0]), torch.ones(1)], [torch.ones(2), torch.ones(1)]
+    )
+    assert not error <= TOLERANCE
+
+
+def timing(median: float, rounds: list[float] | None = None) -> dict[str, Any]:
+    return {
+        "median": median,
+        "p10": median,
+        "rounds": rounds or [median, median],
+        "samples": 20,
+        "disturbed": 1,
+    }
+
+
+SPEED_UP = Goal(("slow", "fast"), gate=2.0, stretch=4.0)
+COST = Goal(("fast",), gate=1.2, stretch=0.8, at_most=True)
+
+
+@pytest.mark.parametrize(
+    ("goal", "ours", "ratio", "word"),
+    [
+        pytest.param(SPEED_UP, 0.50, 1.6, "miss", id="speed-up missed"),
+        pytest.param(SPEED_UP, 0.40, 2.0, "pass", id="speed-up at the gate"),
+        pytest.param(SPEED_UP, 0.20, 4.0, "stretch", id="speed-up at the stretch"),
+        pytest.param(COST, 1.00, 1.25, "miss", id="cost missed"),
+        pytest.param(COST, 0.88, 1.1, "pass", id="cost within the gate"),
+        pytest.param(COST, 0.60, 0.75, "stretch", id="cost within the stretch"),
+        pytest.param(Goal(("fast",), gate=2.0), 0.01, 80.0, "pass", id="no stretch"),
+    ],
+)
+def test_goal_is_decided_against_the_fastest(goal: Goal, ours: float, ratio: float, word: str) -> None:
+    decision = ratios.decide(goal, {OURS: timing(ours), "slow": timing(3.0), "fast": timing(0.8)})
+    assert decision is not None
+    assert decision["against"] == "fast"
+    assert decision["ratio"] == pytest.approx(ratio)
+    assert ratios.verdict(goal, decision) == word
+
+
+def test_goal_keeps_the_spread_over_the_rounds() -> None:
+    timings = {OURS: timing(1.0, [1.0, 0.5, 2.0]), "fast": timing(3.0, [3.0, 3.0, 4.0])}
+    decision = ratios.decide(SPEED_UP, timings)
+    assert decision == {"against": "fast", "ratio": 3.0, "lowest": 2.0, "highest": 6.0}
+
+
+def test_goal_without_a_competitor_is_not_measured() -> None:
+    assert ratios.decide(SPEED_UP, {OURS: timing(1.0)}) is None
+    assert ratios.verdict(SPEED_UP, None) == "not measured"
+
+
+def test_summary_is_the_median_of_the_rounds() -> None:
+    clock = ratios.Clock.__new__(ratios.Clock)
+    clock.rounds = [[1.0, 2.0, 9.0], [4.0], [5.0, 7.0]]
+    clock.taken, clock.disturbed = 8, 2
+    summary = clock.summary()
+    assert summary["rounds"] == [2.0, 4.0, 6.0]
+    assert (summary["median"], summary["samples"], summary["disturbed"]) == (4.0, 8, 2)
+    assert summary["p10"] == pytest.approx(1.5)
+
+
+def test_rates_share_the_ceilings() -> None:
+    found = ratios.rates(
+        canned_case(traffic=8000, flops=4 * ceilings.SGEMM_FLOPS, episodes=10),
+        {OURS: timing(2.0)},
+        {"copy": timing(0.5), "sgemm": timing(0.25)},
+    )
+    assert found["bytes_per_second"] == 4000
+    assert found["share_of_copy"] == 0.25
+    assert found["share_of_sgemm"] == pytest.approx(0.5)
+    assert found["episodes_per_second"] == 5
+
+
+def test_busy_machine_is_said() -> None:
+    records = [{"timings": {OURS: timing(1.0), "other": timing(1.0) | {"samples": 4, "disturbed": 2}}}]
+    assert ratios.disturbed_share(records) == pytest.approx((1 / 20 + 2 / 4) / 2)
+    assert "28% of the samples" in ratios.busy_note(records)
+    assert ratios.busy_note([{"timings": {OURS: timing(1.0)}}]) == ""
+    assert ratios.disturbed_share([{"timings": {}}]) == 0.0
+
+
+def canned_case(**fields: Any) -> Case:
+    """Doubling a vector: ours, a right and a wrong competitor can be told apart."""
+    given: dict[str, Any] = {
+        "name": "doubling",
+        "title": "doubling",
+        "sizes": Sizes(),
+        "tiny": Sizes(),
+        "inputs": lambda sizes: Inputs((torch.ones(3, requires_grad=True),), torch.ones(3)),
+        "check": cases.against_float64(lambda x: 2 * x),
+        "variants": (Variant(OURS, lambda x: x + x), Variant("other", lambda x: x * 2.0)),
+        "goals": (Goal(("other",), 2.0, 3.0),),
+    }
+    return Case(**(given | fields))
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ours takes 1 s and all others 2.5 s, without timing; the list holds the names that were asked for."""
+    timed: list[str] = []
+
+    def measure(calls: dict[str, Any], budget: ratios.Budget) -> dict[str, Any]:
+        timed.extend(calls)
+        return {name: timing(1.0 if name == OURS else 2.5) for name in calls}
+
+    monkeypatch.setattr(ratios, "measure", measure)
+    return timed
+
+
+def test_case_with_a_wrong_gradient_is_not_timed(no_clock: list[str]) -> None:
+    stops_gradient = Variant("other", lambda x: x + x.detach())
+    record = ratios.run_case(
+        canned_case(variants=(Variant(OURS, lambda x: x + x), stops_gradient)), ratios.FULL
+    )
+    assert no_clock == []
+    assert not record["correct"] and record["wrong"] == ["other"] and record["timings"] == {}
+    assert "WRONG, not timed: other" in ratios.describe(record)
+    assert ratios.gate_failures([record]) == ["doubling: wrong results of other"]
+
+
+def test_missing_compiler_is_said(no_clock: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: Any, **_: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(Variant.call, "__defaults__", (no_compiler,))
+    ours = Variant(OURS, lambda x: x + x)
+    case = canned_case(variants=(ours, Variant("other", lambda x: 2 * x, compiled=True)))
+    record = ratios.run_case(case, ratios.FULL)
+    assert no_clock == [OURS]
+    assert record["unavailable"] == {"other": "RuntimeError: no C++ compiler"}
+    assert "unavailable: RuntimeError: no C++ compiler" in ratios.describe(record)
+    assert ratios.gate_failures([record]) == ["doubling: no time of other"]
+
+
+def test_quick_leaves_out_compiled_variants(no_clock: list[str]) -> None:
+    variants = (*canned_case().variants, Variant("compiled", lambda x: 2 * x, compiled=True))
+    record = ratios.run_case(canned_case(variants=variants, traffic=8), ratios.QUICK, quick=True)
+    assert no_clock == [OURS, "other"]
+    assert "2.5x" in ratios.describe_quick([record])
+
+
+def canned_result(case: Case) -> dict[str, Any]:
+    result = ratios.conditions(["--out", "results/a.json"], 2, "keeps its pages", ratios.FULL, quick=False)
+    record = ratios.run_case(case, ratios.FULL)
+    return result | {"cases": [record], "disturbed": ratios.disturbed_share([record])}
+
+
+@pytest.fixture
+def result(no_clock: list[str]) -> dict[str, Any]:
+    return canned_result(canned_case(traffic=8000, flops=4000))
+
+
+def test_main_writes_what_report_reads(
+    no_clock: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ratios, "prepare", lambda threads, default_allocator: "default")
+    monkeypatch.setattr(ratios, "find", lambda names: (canned_case(),))
+    out = tmp_path / "new" / "cpu.json"
+    assert ratios.main(["--out", str(out), "--gate"]) == 0
+    assert "doubling" in capsys.readouterr().out
+    assert report.load(out)["cases"][0]["goals"][0]["verdict"] == "pass"
+
+    monkeypatch.setattr(ratios, "find", lambda names: (canned_case(goals=(Goal(("other",), 9.0),)),))
+    assert ratios.main([]) == 0
+    assert ratios.main(["--gate"]) == 1
+    assert "doubling: 2.50x against other, gate 9x" in capsys.readouterr().out
+
+
+def test_report_names_its_conditions(result: dict[str, Any]) -> None:
+    section = report.render(result, "cpu.png")
+    for fact in (
+        result["command"],
+        result["date"],
+        result["cpu"],
+        torch.__version__,
+        "2 threads",
+        "keeps its pages",
+    ):
+        assert fact in section
+    assert "(5% of the samples" in section.replace("\n", " ")
+    assert "| doubling | 1 s; 8e-06 GB/s (250% of a copy); 4e-06 GFLOP/s (0% of sgemm) | other |" in section
+    assert "| **2.50x** | 2x | 3x | pass |" in section
+
+
+def test_report_tables_have_one_width(result: dict[str, Any]) -> None:
+    result["cases"][0]["unavailable"] = {"compiled": "Error: a | b"}
+    lines = [line for line in report.render(result, "cpu.png").splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {9}
+
+
+def break_correctness(result: dict[str, Any]) -> None:
+    result["cases"][0]["correct"] = False
+
+
+def make_quick(result: dict[str, Any]) -> None:
+    result["quick"] = True
+
+
+def drop_cases(result: dict[str, Any]) -> None:
+    del result["cases"]
+
+
+def empty_cases(result: dict[str, Any]) -> None:
+    result["cases"] = []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_correctness, "wrong results in doubling"),
+        (make_quick, "measures too little"),
+        (drop_cases, "not a result of benchmarks.ratios"),
+        (empty_cases, "holds no case"),
+    ],
+)
+def test_report_refuses(result: dict[str, Any], tmp_path: Path, damage: Any, message: str) -> None:
+    damaged = copy.deepcopy(result)
+    damage(damaged)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match=message):
+        report.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", f"{report.END}{report.BEGIN}", report.BEGIN, f"{report.BEGIN}{report.END}" * 2]
+)
+def test_insert_needs_both_markers_once(text: str) -> None:
+    with pytest.raises(ValueError, match="readme: expected"):
+        report.insert(text, "new")
+
+
+def test_report_rewrites_its_section_only(
+    result: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the chart needs matplotlib")
+    path, readme = tmp_path / "cpu.json", tmp_path / "README.md"
+    path.write_text(json.dumps(result))
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\nForward and backward")
+    assert text.endswith(f"|\n{report.END}\nafter\n")
+    assert "old" not in text and "](cpu.png)" in text
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
