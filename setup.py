@@ -38,7 +38,7 @@ def extension() -> cpp_extension.CppExtension:
     defines = [TORCH_TARGET]
     # torch's headers are system headers here: warnings are errors in our own sources only.
     system = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    cxx = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"]
+    cxx = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-g0", "-Wno-psabi"]
     compile_args = {"cxx": [*cxx, *WARNINGS, *system, *defines]}
     link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     libraries, library_dirs = [], []
@@ -46,10 +46,12 @@ def extension() -> cpp_extension.CppExtension:
         cpp_extension.CUDA_HOME = home  # torch leaves it None in its CPU-only build
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
         sources += sorted((root / "csrc" / "cuda").glob("*.cu"))
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         defines += ["-DUSE_CUDA"]
-        compile_args["cxx"] += [f"-isystem{home}/include"]
+        compile_args["cxx"] += ["-DUSE_CUDA", f'-DMETAFAST_CUDA_ARCHITECTURES="{architectures}"', f"-isystem{home}/include"]
         compile_args["nvcc"] = [
-            "-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-fvisibility=hidden,-Wall", *system, *defines,
+            "-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-fvisibility=hidden,-Wall",
+            *(path.replace("-isystem", "-isystem=", 1) for path in system), *defines,
         ]  # fmt: skip
         libraries, library_dirs = ["cudart_static", "rt", "dl", "pthread"], [f"{home}/lib64"]
     return cpp_extension.CppExtension(

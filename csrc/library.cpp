@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(metafast, m) {
 
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
+  m.def("build_info() -> str");
+  m.def("cuda_probe(Tensor x) -> Tensor");
 }
 
 // The import of metafast._C loads the library; the module itself is empty.
