@@ -1,11 +1,13 @@
-"""Build ``metafast._C``: one abi3 library on the stable ABI of torch 2.11, with the CUDA sources where nvcc is found.
+"""Build ``metafast._C``: one abi3 library on the stable ABI of torch 2.11, with the CUDA sources if there is nvcc.
 
-Environment: ``METAFAST_CUDA=0`` leaves CUDA out, ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the GPUs
-(default: 7.5 8.0 9.0, and PTX for newer ones), ``MAX_JOBS`` the parallel compilations, ``CXX`` the C++ compiler.
+Environment: ``METAFAST_CUDA=0`` leaves CUDA out, ``CUDA_HOME`` names the toolkit, ``TORCH_CUDA_ARCH_LIST`` the
+GPUs (default: 7.5 8.0 9.0, and PTX for newer ones), ``MAX_JOBS`` the parallel compilations, ``CXX`` the C++
+compiler.
 """
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch.utils import cpp_extension
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def cuda_home() -> str | None:
@@ -38,9 +41,11 @@ def extension() -> cpp_extension.CppExtension:
     defines = [TORCH_TARGET]
     # torch's headers are system headers here: warnings are errors in our own sources only.
     system = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    cxx = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-g0", "-Wno-psabi"]
+    cxx = [
+        "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi",
+    ]  # fmt: skip
     compile_args = {"cxx": [*cxx, *WARNINGS, *system, *defines]}
-    link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    link_args = ["-s", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     libraries, library_dirs = [], []
     if home := cuda_home():
         cpp_extension.CUDA_HOME = home  # torch leaves it None in its CPU-only build
@@ -48,7 +53,9 @@ def extension() -> cpp_extension.CppExtension:
         sources += sorted((root / "csrc" / "cuda").glob("*.cu"))
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         defines += ["-DUSE_CUDA"]
-        compile_args["cxx"] += ["-DUSE_CUDA", f'-DMETAFAST_CUDA_ARCHITECTURES="{architectures}"', f"-isystem{home}/include"]
+        compile_args["cxx"] += [
+            "-DUSE_CUDA", f'-DMETAFAST_CUDA_ARCHITECTURES="{architectures}"', f"-isystem{home}/include",
+        ]  # fmt: skip
         compile_args["nvcc"] = [
             "-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-fvisibility=hidden,-Wall",
             *(path.replace("-isystem", "-isystem=", 1) for path in system), *defines,
@@ -62,12 +69,14 @@ def extension() -> cpp_extension.CppExtension:
         extra_link_args=link_args,
         libraries=libraries,
         library_dirs=library_dirs,
-        py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),
+        py_limited_api=LIMITED_API,
     )
 
 
+# The ninja of the "ninja" package lies beside the interpreter, which need not be on PATH.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=bool(shutil.which("ninja")))},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
 )

@@ -45,8 +45,31 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
   }
 }
 
+inline void check_dim(const Tensor& tensor, const char* name, int64_t dim, const char* shape) {
+  if (tensor.dim() != dim) fail(name, ": expected shape ", shape, ", got ", shape_text(tensor));
+}
+
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
-  if (tensor.scalar_type() != dtype) fail(name, ": unexpected dtype");
+  if (tensor.scalar_type() != dtype) {
+    fail(name, ": expected ", torch::headeronly::toString(dtype), ", got ",
+         torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+inline void check_cpu(const Tensor& tensor, const char* name) {
+  if (!tensor.is_cpu()) fail(name, ": expected a tensor on the CPU");
+}
+
+// The device and the dtype of another argument.
+inline void check_like(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
+  if (tensor.device() != other.device()) fail(name, ": expected the device of ", other_name);
+  check_dtype(tensor, name, other.scalar_type());
+}
+
+inline void check_labels(const Tensor& labels, const char* name, const Tensor& rows) {
+  if (labels.device() != rows.device()) fail(name, ": expected the device of the features");
+  check_dtype(labels, name, ScalarType::Long);
+  check_dim(labels, name, 2, "[T, rows]");
 }
 
 }  // namespace metafast

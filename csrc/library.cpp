@@ -14,12 +14,12 @@ STABLE_TORCH_LIBRARY(metafast, m) {
 
   // support [T, n, d], query [T, m, d], temperature [T] -> loss [T], logits [T, m, C], prototypes [T, C, d]
   m.def(
-      "prototypical_loss(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, Tensor? temperature, "
-      "float scale, int num_classes) -> (Tensor, Tensor, Tensor)");
+      "prototypical_loss(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, "
+      "Tensor? temperature, float scale, int num_classes, int metric) -> (Tensor, Tensor, Tensor)");
   m.def(
       "prototypical_loss_vjp(Tensor? grad_loss, Tensor? grad_logits, Tensor? grad_prototypes, Tensor support, "
       "Tensor support_labels, Tensor query, Tensor query_labels, Tensor? temperature, float scale, Tensor logits, "
-      "Tensor prototypes) -> (Tensor, Tensor, Tensor)");
+      "Tensor prototypes, int metric) -> (Tensor, Tensor, Tensor)");
 
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(metafast, m) {
 
 // The import of metafast._C loads the library; the module itself is empty.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -32,7 +32,11 @@ def differentiable(
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
         # Function.forward runs with both AD modes off; the outer torch.func levels need them on.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
             out = op.redispatch(keyset & _below_autograd, *args)
         ctx.set_materialize_grads(False)
         ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
@@ -65,7 +69,11 @@ def differentiable(
     node = type(
         name,
         (_SingleLevelFunction,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(forward_mode)},
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(forward_mode),
+        },
     )
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -104,7 +112,9 @@ def closed_form(function: Callable[..., Any]) -> tuple[Callable[..., Any], Calla
     def jvp(tangents: Sequence[Tensor | None], *args: Any) -> Any:
         # The vjp is linear in the cotangent, and the vjp of that linear map is the jvp; torch.func.jvp may not be
         # entered inside a forward-mode level.
-        index = [k for k, tangent in enumerate(tangents) if tangent is not None and tangent.is_floating_point()]
+        index = [
+            k for k, tangent in enumerate(tangents) if tangent is not None and tangent.is_floating_point()
+        ]
         out, pull = torch.func.vjp(restricted(args, index), *(args[k] for k in index))
         zeros = torch.zeros_like(out) if isinstance(out, Tensor) else tuple(torch.zeros_like(o) for o in out)
         _, push = torch.func.vjp(pull, zeros)

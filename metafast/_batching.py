@@ -17,6 +17,9 @@ def fold_into_tasks(op: torch._ops.OpOverload) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
 
+        first = next(k for k, arg in enumerate(args) if isinstance(arg, Tensor))
+        tasks = args[first].shape[0 if in_dims[first] is None or in_dims[first] > 0 else 1]
+
         def fold(value: Any, dim: int | None) -> Any:
             if not isinstance(value, Tensor):
                 return value
@@ -24,10 +27,9 @@ def fold_into_tasks(op: torch._ops.OpOverload) -> None:
             return value.flatten(0, 1)
 
         def unfold(value: Tensor) -> Tensor:
-            return value.reshape(size, value.shape[0] // size if size else 0, *value.shape[1:])
+            return value.reshape(size, value.shape[0] // size if size else tasks, *value.shape[1:])
 
-        folded = [fold(value, dim) for value, dim in zip(args, in_dims, strict=True)]
-        out = op(*folded)
+        out = op(*(fold(value, dim) for value, dim in zip(args, in_dims, strict=True)))
         if isinstance(out, Tensor):
             return unfold(out), 0
         return tuple(unfold(o) for o in out), (0,) * len(out)

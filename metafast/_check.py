@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +25,22 @@ def features(value: Any, name: str, shape: str) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 
+def autocasts(value: Tensor) -> bool:
+    """Does autocast turn this tensor into float32?"""
+    kind = value.device.type
+    available = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return available and value.dtype != torch.float64
+
+
+def without_autocast(value: Tensor) -> AbstractContextManager[Any]:
+    """For plain matrix products that must keep float32's accuracy."""
+    kind = value.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def same_kind(value: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    """The two tensors have one dtype and one device."""
-    if value.dtype != other.dtype:
+    """The two tensors have one device, and one dtype after autocast."""
+    if value.dtype != other.dtype and not (autocasts(value) and autocasts(other)):
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
     same_device(value, name, other, other_name)
 
@@ -66,3 +80,12 @@ def class_labels(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected int64 class numbers, got {value.dtype}")
     if value.dim() < 1:
         raise ValueError(f"{name}: expected shape [..., rows], got a scalar")
+
+
+def temperature(value: Any, like: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATING:
+            raise TypeError(f"temperature: expected a number or a floating tensor, got {value.dtype}")
+        same_device(value, "temperature", like, "support")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"temperature: expected a number or a floating tensor, got {type(value).__name__}")

@@ -14,9 +14,11 @@ try:
 except ImportError as error:
     raise ImportError(
         f"metafast's compiled operators could not be loaded ({error}). Build them with "
-        "'pip install --no-build-isolation .' or, in a source checkout, 'python setup.py build_ext --inplace'; "
-        "torch 2.11 or later is needed."
+        "'pip install --no-build-isolation .' or, in a source checkout, "
+        "'python setup.py build_ext --inplace'; torch 2.11 or later is needed."
     ) from error
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 LIBRARY = torch.library.Library("metafast", "FRAGMENT")
 
@@ -27,21 +29,22 @@ def operator(name: str) -> torch._ops.OpOverload:
 
 
 def keep_pages() -> bool:
-    """Make the process's C allocator keep the memory it has freed, instead of returning large blocks to the system.
+    """Make the process's C allocator keep the memory it has freed.
 
-    glibc returns large blocks at each ``free``, so that a training step on the CPU writes to fresh pages every time,
-    which doubles its cost for convolutional networks. True where the setting took effect (glibc).
+    glibc returns large blocks to the system at each ``free``, so that a training step on the CPU writes to fresh
+    pages every time, which doubles its cost for convolutional networks. True where the setting took effect
+    (glibc).
     """
     return operator("keep_pages")()
 
 
 def vector_bits(bits: int = 0) -> int:
-    """Width of the vectors of the CPU kernels (512, 256 or 128); a nonzero argument chooses a narrower one."""
+    """Width of the CPU kernels' vectors (512, 256 or 128); a nonzero argument chooses a narrower one."""
     return operator("vector_bits")(bits)
 
 
 def fallback(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
-    """Run ``function`` (plain PyTorch) on devices for which ``op`` has no kernel, with one warning per operator."""
+    """Run ``function`` (plain PyTorch) where ``op`` has no kernel for the device, with one warning per operator."""
     warned = False
 
     def kernel(*args: Any) -> Any:
@@ -50,17 +53,17 @@ def fallback(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
             warned = True
             device = next(a.device for a in args if isinstance(a, Tensor))
             warnings.warn(
-                f"{op}: no kernel for device {device.type!r} in this build of metafast; plain PyTorch runs instead. "
-                "'metafast doctor' lists the kernels.",
+                f"{op}: no kernel for device {device.type!r} in this build of metafast; plain PyTorch runs "
+                "instead. 'metafast doctor' lists the kernels.",
                 stacklevel=2,
             )
-        return function(*args)
+        half = next((a.dtype for a in args if isinstance(a, Tensor) and a.dtype in _HALVES), None)
+        if half is None:
+            return function(*args)
+        out = function(*(a.float() if isinstance(a, Tensor) and a.dtype in _HALVES else a for a in args))
+        return out.to(half) if isinstance(out, Tensor) else tuple(o.to(half) for o in out)
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
-
-
-class BadLabel(ValueError):
-    """A label outside ``0 .. num_classes - 1``, found by a CPU kernel."""
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:

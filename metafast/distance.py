@@ -22,6 +22,12 @@ DISTANCE_VJP = operator("pairwise_distance_vjp")
 DISTANCE_JVP = operator("pairwise_distance_jvp")
 
 
+def metric_index(metric: Any) -> int:
+    if not isinstance(metric, str) or metric not in _INDEX:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    return _INDEX[metric]
+
+
 def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tensor:
     r"""Distance of every row of ``x`` to every row of ``y``.
 
@@ -56,20 +62,19 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tens
         tensor([[0., 5.],
                 [5., 0.]])
     """
-    index = _INDEX.get(metric)
-    if index is None:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    index = metric_index(metric)
     _check.features(x, "x", "[..., n, d]")
     _check.features(y, "y", "[..., m, d]")
-    if not torch.is_autocast_enabled(x.device.type):
-        _check.same_kind(y, "y", x, "x")
+    _check.same_kind(y, "y", x, "x")
     _check.same_size(y, -1, "y", x, -1, "x")
     if x.dim() == 3 and y.dim() == 3 and x.shape[0] == y.shape[0]:
         return DISTANCE(x, y, index)
     lead = _check.broadcast_tasks(("x", x.shape[:-2]), ("y", y.shape[:-2]))
     n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
     tasks = torch.Size(lead).numel()
-    out = DISTANCE(x.expand(*lead, n, d).reshape(tasks, n, d), y.expand(*lead, m, d).reshape(tasks, m, d), index)
+    out = DISTANCE(
+        x.expand(*lead, n, d).reshape(tasks, n, d), y.expand(*lead, m, d).reshape(tasks, m, d), index
+    )
     return out.reshape(*lead, n, m)
 
 
@@ -77,7 +82,7 @@ def cdist(
     x1: Tensor,
     x2: Tensor,
     p: float = 2.0,
-    compute_mode: str | None = "use_mm_for_euclid_dist_if_necessary",
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
 ) -> Tensor:
     """``torch.cdist`` with a second derivative, and accurate for close rows, for p = 1 and p = 2.
 
@@ -85,7 +90,9 @@ def cdist(
     for which ``compute_mode`` changes nothing; every other p, and every dtype besides the four floating ones, is
     handed to ``torch.cdist`` as it is.
     """
-    modes = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist", None)
+    modes = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+    _check.is_tensor(x1, "x1")
+    _check.is_tensor(x2, "x2")
     if compute_mode not in modes:
         raise ValueError(f"compute_mode: expected one of {modes}, got {compute_mode!r}")
     metric = {1.0: "cityblock", 2.0: "euclidean"}.get(p)
@@ -107,7 +114,8 @@ def _composed(x: Tensor, y: Tensor, metric: int) -> Tensor:
     """Euclidean and cosine distance from operators whose derivatives of every order are known."""
     if metric == _EUCLIDEAN:
         return reference.safe_sqrt(DISTANCE(x, y, _SQEUCLIDEAN))
-    return reference.pairwise_distance(x, y, METRICS[metric])
+    with _check.without_autocast(x):
+        return reference.pairwise_distance(x, y, METRICS[metric])
 
 
 def _composed_vjp(grad: Tensor, x: Tensor, y: Tensor, metric: int) -> Any:
@@ -171,7 +179,9 @@ for _op in (DISTANCE, DISTANCE_VJP, DISTANCE_JVP):
     fold_into_tasks(_op)
 fallback(DISTANCE, lambda x, y, metric: reference.pairwise_distance(x, y, METRICS[metric]))
 fallback(DISTANCE_VJP, lambda g, x, y, metric: reference.pairwise_distance_vjp(g, x, y, METRICS[metric]))
-fallback(DISTANCE_JVP, lambda x, y, u, v, metric: reference.pairwise_distance_jvp(x, y, u, v, METRICS[metric]))
+fallback(
+    DISTANCE_JVP, lambda x, y, u, v, metric: reference.pairwise_distance_jvp(x, y, u, v, METRICS[metric])
+)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast(DISTANCE, _device, torch.float32)
 

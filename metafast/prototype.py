@@ -11,13 +11,12 @@ from metafast import _check, reference
 from metafast._autodiff import closed_form, differentiable
 from metafast._batching import fold_into_tasks
 from metafast._library import call, fallback, operator
-from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, pairwise_distance
+from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS, metric_index
 
 MEANS = operator("prototypes")
 MEANS_VJP = operator("prototypes_vjp")
 LOSS = operator("prototypical_loss")
 LOSS_VJP = operator("prototypical_loss_vjp")
-_SQEUCLIDEAN = 0
 
 
 def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -75,9 +74,10 @@ def _soft_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tens
     if labels.shape[-1] != num_classes:
         raise ValueError(f"labels: expected {num_classes} weights a row, got shape {list(labels.shape)}")
     _check.broadcast_tasks(("features", features.shape[:-2]), ("labels", labels.shape[:-2]))
-    if features.dtype in (torch.bfloat16, torch.float16):
-        return reference.prototypes(features.float(), labels.float(), num_classes).to(features.dtype)
-    return reference.prototypes(features, labels, num_classes)
+    with _check.without_autocast(features):
+        if features.dtype in (torch.bfloat16, torch.float16):
+            return reference.prototypes(features.float(), labels.float(), num_classes).to(features.dtype)
+        return reference.prototypes(features, labels, num_classes)
 
 
 def prototypical_loss(
@@ -94,8 +94,8 @@ def prototypical_loss(
     .. math:: z_{ik} = -\tau \, D(q_i, c_k), \qquad L = \frac{1}{m} \sum_i \big(\log \sum_k e^{z_{ik}} - z_{i y_i}\big)
 
     with the class means :math:`c_k` of the support rows and a metric D of :func:`pairwise_distance`. Snell, Swersky
-    and Zemel, *Prototypical Networks for Few-shot Learning*, 2017. With the squared Euclidean metric one fused
-    operator computes both results, and another all gradients. Differentiable to any order.
+    and Zemel, *Prototypical Networks for Few-shot Learning*, 2017. One fused operator computes both results, and
+    another all gradients. Differentiable to any order.
 
     Args:
         support: ``[..., n, d]`` features; half types are promoted to float32.
@@ -122,32 +122,33 @@ def prototypical_loss(
         tensor([[-0., -4.],
                 [-4., -0.]])
     """
+    index = metric_index(metric)
     _check.features(support, "support", "[..., n, d]")
     _check.features(query, "query", "[..., m, d]")
     _check.class_labels(support_labels, "support_labels")
     _check.class_labels(query_labels, "query_labels")
     _check.class_count(num_classes)
-    if not torch.is_autocast_enabled(support.device.type):
-        _check.same_kind(query, "query", support, "support")
+    _check.same_kind(query, "query", support, "support")
     _check.same_device(support_labels, "support_labels", support, "support")
     _check.same_device(query_labels, "query_labels", support, "support")
     _check.same_size(query, -1, "query", support, -1, "support")
     _check.same_size(support_labels, -1, "support_labels", support, -2, "support")
     _check.same_size(query_labels, -1, "query_labels", query, -2, "query")
-    if support.dtype in (torch.bfloat16, torch.float16):
+    _check.temperature(temperature, support)
+    if support.dtype in (torch.bfloat16, torch.float16) or query.dtype != support.dtype:
         support, query = support.float(), query.float()
     scale, learned = 1.0, None
     if isinstance(temperature, Tensor):
         learned = temperature.to(support.dtype)
     else:
         scale = float(temperature)
-    if metric != "sqeuclidean":
-        return _composed_loss(support, support_labels, query, query_labels, num_classes, metric, temperature)
 
     lead = tuple(support.shape[:-2])
     shapes = (tuple(support_labels.shape[:-1]), tuple(query.shape[:-2]), tuple(query_labels.shape[:-1]))
     if len(lead) == 1 and learned is None and all(shape == lead for shape in shapes):
-        loss, logits, _ = call(LOSS, support, support_labels, query, query_labels, None, scale, num_classes)
+        loss, logits, _ = call(
+            LOSS, support, support_labels, query, query_labels, None, scale, num_classes, index
+        )
         return loss, logits
     names = ("support_labels", "query", "query_labels")
     lead = _check.broadcast_tasks(
@@ -159,7 +160,7 @@ def prototypical_loss(
 
     def fold(value: Tensor, kept: int) -> Tensor:
         own = value.shape[value.dim() - kept :]
-        return value.expand(*lead, *own).reshape(tasks, *own)
+        return value.expand((*lead, *own)).reshape((tasks, *own))
 
     loss, logits, _ = call(
         LOSS,
@@ -170,21 +171,9 @@ def prototypical_loss(
         None if learned is None else fold(learned, 0),
         scale,
         num_classes,
+        index,
     )
     return loss.reshape(lead), logits.reshape(*lead, query.shape[-2], num_classes)
-
-
-def _composed_loss(
-    support: Tensor,
-    support_labels: Tensor,
-    query: Tensor,
-    query_labels: Tensor,
-    num_classes: int,
-    metric: str,
-    temperature: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    distance = pairwise_distance(query, prototypes(support, support_labels, num_classes), metric)
-    return reference.distance_loss(distance, support_labels, query_labels, temperature)
 
 
 def _means_vjp(need: Any, grads: Any, features: Tensor, labels: Tensor, num_classes: int) -> Any:
@@ -208,22 +197,37 @@ def _scaled(temperature: Tensor | None, scale: float) -> float | Tensor:
 
 
 def _loss_parts(
-    support: Tensor, support_labels: Tensor, query: Tensor, temperature: Tensor | None, scale: float, num_classes: int
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    num_classes: int,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Class means, distances, presence of the classes, and the softmax of the logits, from differentiable operators."""
     means = MEANS(support, support_labels, num_classes)
-    distance = DISTANCE(query, means, _SQEUCLIDEAN)
+    distance = DISTANCE(query, means, metric)
     present = reference.one_hot(support_labels, num_classes).any(-2, keepdim=True)
     logits = torch.where(present, -_scaled(temperature, scale) * distance, -torch.inf)
     return means, distance, present, logits.softmax(-1)
 
 
 def _loss_vjp(need: Any, grads: Any, *saved: Any) -> Any:
-    support, support_labels, query, query_labels, temperature, scale, _, _, logits, means = saved
+    support, support_labels, query, query_labels, temperature, scale, _, metric, _, logits, means = saved
     grad_support, grad_query, grad_temperature = LOSS_VJP(
-        *grads, support, support_labels, query, query_labels, temperature, scale, logits, means
+        *grads, support, support_labels, query, query_labels, temperature, scale, logits, means, metric
     )
-    return grad_support, None, grad_query, None, None if temperature is None else grad_temperature, None, None
+    return (
+        grad_support,
+        None,
+        grad_query,
+        None,
+        None if temperature is None else grad_temperature,
+        None,
+        None,
+        None,
+    )
 
 
 def _loss_jvp(
@@ -235,12 +239,13 @@ def _loss_jvp(
     temperature: Tensor | None,
     scale: float,
     num_classes: int,
+    metric: int,
 ) -> Any:
     means, distance, present, probability = _loss_parts(
-        support, support_labels, query, temperature, scale, num_classes
+        support, support_labels, query, temperature, scale, num_classes, metric
     )
     means_tangent = MEANS(tangents[0], support_labels, num_classes)
-    along = -_scaled(temperature, scale) * DISTANCE_JVP(query, means, tangents[2], means_tangent, _SQEUCLIDEAN)
+    along = -_scaled(temperature, scale) * DISTANCE_JVP(query, means, tangents[2], means_tangent, metric)
     if temperature is not None:
         along = along - _scaled(tangents[4], scale) * distance
     along = torch.where(present, along, 0.0)
@@ -260,18 +265,19 @@ def _loss_vjp_closed(
     scale: float,
     logits: Tensor,
     means: Tensor,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What LOSS_VJP computes. ``logits`` and ``means`` are functions of the other arguments, and are computed anew."""
     num_classes = means.shape[1]
     means, distance, present, probability = _loss_parts(
-        support, support_labels, query, temperature, scale, num_classes
+        support, support_labels, query, temperature, scale, num_classes, metric
     )
     upstream = torch.zeros_like(distance) if grad_logits is None else grad_logits
     if grad_loss is not None:
         target = reference.one_hot(query_labels, num_classes).to(probability.dtype)
         upstream = upstream + grad_loss[:, None, None] / query.shape[1] * (probability - target)
     upstream = torch.where(present, upstream, 0.0)
-    to_query, to_means = DISTANCE_VJP(-_scaled(temperature, scale) * upstream, query, means, _SQEUCLIDEAN)
+    to_query, to_means = DISTANCE_VJP(-_scaled(temperature, scale) * upstream, query, means, metric)
     if grad_means is not None:
         to_means = to_means + grad_means
     to_support = MEANS_VJP(to_means, support_labels)
@@ -311,9 +317,14 @@ def _(
     temperature: Tensor | None,
     scale: float,
     num_classes: int,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks, m, d = query.shape
-    return query.new_empty(tasks), query.new_empty(tasks, m, num_classes), query.new_empty(tasks, num_classes, d)
+    return (
+        query.new_empty(tasks),
+        query.new_empty(tasks, m, num_classes),
+        query.new_empty(tasks, num_classes, d),
+    )
 
 
 @torch.library.register_fake(LOSS_VJP)
@@ -329,6 +340,7 @@ def _(
     scale: float,
     logits: Tensor,
     prototypes: Tensor,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks = query.shape[0]
     return (
@@ -346,9 +358,10 @@ def _fallback_loss(
     temperature: Tensor | None,
     scale: float,
     num_classes: int,
+    metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     means = reference.prototypes(support, support_labels, num_classes)
-    distance = reference.pairwise_distance(query, means)
+    distance = reference.pairwise_distance(query, means, METRICS[metric])
     tau = scale if temperature is None else scale * temperature
     return *reference.distance_loss(distance, support_labels, query_labels, tau), means
 

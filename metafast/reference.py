@@ -1,7 +1,7 @@
 """The operators of metafast in plain PyTorch: the oracle of the tests and the documentation of the maths.
 
-Shapes use ``T`` for leading (task) dimensions, ``n`` support rows, ``m`` query rows, ``d`` features and ``C`` classes.
-These functions also run wherever an operator has no compiled kernel for a device.
+Shapes use ``T`` for leading (task) dimensions, ``n`` support rows, ``m`` query rows, ``d`` features and ``C``
+classes. These functions also run wherever an operator has no compiled kernel for a device.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Norms below this are replaced by it in the cosine distance, as in ``torch.nn.functional.cosine_similarity``.
+#: Smaller norms are replaced by it in the cosine distance, as in ``torch.nn.functional.cosine_similarity``.
 COSINE_EPS = 1e-8
 
 
 def safe_sqrt(square: Tensor) -> Tensor:
     """sqrt with derivative 0 (of every order) where the argument is 0."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
 def _clamped_norm(x: Tensor) -> Tensor:
     norm = safe_sqrt(x.square().sum(-1, keepdim=True))
-    return torch.where(norm > COSINE_EPS, norm, COSINE_EPS)
+    return torch.where(norm <= COSINE_EPS, COSINE_EPS, norm)
 
 
 def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tensor:
-    """Distances of all rows of ``x [..., n, d]`` to all rows of ``y [..., m, d]`` by broadcast differences: ``[..., n, m]``."""
+    """Distances ``[..., n, m]`` of the rows of ``x [..., n, d]`` to the rows of ``y [..., m, d]``, by differences."""
     if metric == "cosine":
         unit_x, unit_y = x / _clamped_norm(x), y / _clamped_norm(y)
         return 1 - unit_x @ unit_y.transpose(-1, -2)
@@ -40,38 +40,44 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tens
     raise ValueError(f"metric: expected sqeuclidean, euclidean, cityblock or cosine, got {metric!r}")
 
 
-def _slopes(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``step, w, x_part, y_part`` of every pair: dD/dx = w step + x_part x and dD/dy = -w step + y_part y."""
-    step = x.unsqueeze(-2) - y.unsqueeze(-3)
+def _slopes(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, ...]:
+    """``w, step_x, step_y, x_part, y_part`` of every pair: dD/dx = w step_x + x_part x, dD/dy = w step_y + y_part y."""
+    x, y = x.unsqueeze(-2), y.unsqueeze(-3)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    if metric == "sqeuclidean":
-        return step, zero + 2, zero, zero
+    if metric == "cosine":
+        x_norm, y_norm = _clamped_norm(x).squeeze(-1), _clamped_norm(y).squeeze(-1)
+        w = 1 / (x_norm * y_norm)
+        along = w * (x * y).sum(-1)
+        x_part = torch.where(x_norm > COSINE_EPS, along / x_norm.square(), 0.0)
+        y_part = torch.where(y_norm > COSINE_EPS, along / y_norm.square(), 0.0)
+        return w, -y, -x, x_part, y_part
+    step = x - y
     if metric == "cityblock":
-        return step.sign(), zero + 1, zero, zero
+        return zero + 1, step.sign(), -step.sign(), zero, zero
     if metric == "euclidean":
         distance = step.square().sum(-1).sqrt()
-        return step, torch.where(distance == 0, 0.0, 1 / distance), zero, zero
-    x_square, y_square = x.square().sum(-1).unsqueeze(-1), y.square().sum(-1).unsqueeze(-2)
-    x_norm, y_norm = _clamped_norm(x), _clamped_norm(y).transpose(-1, -2)
-    w = 1 / (x_norm * y_norm)
-    x_part = torch.where(x_square.sqrt() == x_norm, -(step * x.unsqueeze(-2)).sum(-1) / x_square, -1.0)
-    y_part = torch.where(y_square.sqrt() == y_norm, (step * y.unsqueeze(-3)).sum(-1) / y_square, -1.0)
-    return step, w, w * x_part, w * y_part
+        return torch.where(distance == 0, 0.0, 1 / distance), step, -step, zero, zero
+    return zero + 2, step, -step, zero, zero
 
 
 def pairwise_distance_vjp(grad: Tensor, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """The gradients of ``sum(grad * pairwise_distance(x, y, metric))`` for ``x`` and ``y``."""
-    step, w, x_part, y_part = _slopes(x, y, metric)
-    weighted = (grad * w).unsqueeze(-1) * step
-    grad_x = weighted.sum(-2) + (grad * x_part).sum(-1, keepdim=True) * x
-    grad_y = (grad * y_part).sum(-2).unsqueeze(-1) * y - weighted.sum(-3)
-    return grad_x, grad_y
+    w, step_x, step_y, x_part, y_part = _slopes(x, y, metric)
+    weight = (grad * w).unsqueeze(-1)
+    grad_x, grad_y = (weight * step_x).sum(-2), (weight * step_y).sum(-3)
+    if metric != "cosine":
+        return grad_x, grad_y
+    return grad_x + (grad * x_part).sum(-1).unsqueeze(-1) * x, grad_y + (grad * y_part).sum(-2).unsqueeze(
+        -1
+    ) * y
 
 
 def pairwise_distance_jvp(x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor, metric: str) -> Tensor:
     """The tangent of ``pairwise_distance(x, y, metric)``."""
-    step, w, x_part, y_part = _slopes(x, y, metric)
-    along = (step * (tangent_x.unsqueeze(-2) - tangent_y.unsqueeze(-3))).sum(-1)
+    w, step_x, step_y, x_part, y_part = _slopes(x, y, metric)
+    if metric != "cosine":
+        return w * (step_x * (tangent_x.unsqueeze(-2) - tangent_y.unsqueeze(-3))).sum(-1)
+    along = (step_x * tangent_x.unsqueeze(-2) + step_y * tangent_y.unsqueeze(-3)).sum(-1)
     of_x, of_y = (x * tangent_x).sum(-1).unsqueeze(-1), (y * tangent_y).sum(-1).unsqueeze(-2)
     return w * along + x_part * of_x + y_part * of_y
 
@@ -90,11 +96,13 @@ def _nan_where_invalid(labels: Tensor, num_classes: int, like: Tensor) -> Tensor
 def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Class means ``sum_i w_ic x_i / sum_i w_ic``, zeros for a class without weight: ``[..., C, d]``.
 
-    ``labels`` holds class numbers ``[..., n]`` or weights ``[..., n, C]``. A class number outside 0 to C - 1 makes
-    the prototypes of its task NaN.
+    ``labels`` holds class numbers ``[..., n]`` or weights ``[..., n, C]``. A class number outside 0 to C - 1
+    makes the prototypes of its task NaN.
     """
     if not labels.is_floating_point():
-        labels = one_hot(labels, num_classes).to(features.dtype) + _nan_where_invalid(labels, num_classes, features)
+        labels = one_hot(labels, num_classes).to(features.dtype) + _nan_where_invalid(
+            labels, num_classes, features
+        )
     weight = labels.sum(-2)
     empty = weight == 0
     total = labels.transpose(-1, -2) @ features
@@ -102,7 +110,7 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def prototypes_vjp(grad: Tensor, labels: Tensor) -> Tensor:
-    """The gradient of ``sum(grad * prototypes(features, labels, C))`` for ``features``, for class numbers: ``[..., n, d]``."""
+    """Gradient ``[..., n, d]`` of ``sum(grad * prototypes(features, labels, C))`` for features and class numbers."""
     num_classes = grad.shape[-2]
     weight = one_hot(labels, num_classes).to(grad.dtype) + _nan_where_invalid(labels, num_classes, grad)
     return weight @ (grad / weight.sum(-2).clamp(min=1).unsqueeze(-1))
@@ -111,7 +119,10 @@ def prototypes_vjp(grad: Tensor, labels: Tensor) -> Tensor:
 def distance_loss(
     distance: Tensor, support_labels: Tensor, query_labels: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the query rows, and logits ``-temperature * distance``: -inf for a class without support."""
+    """Mean cross-entropy over the query rows, and logits ``-temperature * distance``.
+
+    A class without support has logit -inf.
+    """
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None, None]
     present = one_hot(support_labels, distance.shape[-1]).any(-2, keepdim=True)

@@ -49,9 +49,8 @@ namespace metafast::avx512 {
 METAFAST_END_ISA
 
 // The kernel for this machine; variadic, since template arguments hold commas.
-#define METAFAST_KERNEL(...)                                                             \
-  (isa() == Isa::avx512 ? &avx512::__VA_ARGS__                                           \
-                        : (isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &baseline::__VA_ARGS__))
+#define METAFAST_KERNEL(...) \
+  (isa() == Isa::avx512 ? &avx512::__VA_ARGS__ : (isa() == Isa::avx2 ? &avx2::__VA_ARGS__ : &baseline::__VA_ARGS__))
 #else
 #define METAFAST_KERNEL(...) (&baseline::__VA_ARGS__)
 #endif

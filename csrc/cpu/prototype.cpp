@@ -1,4 +1,6 @@
 // Class means and the prototypical loss on the CPU: threads over tasks and features (means, gradients) or query rows (loss).
+#include "cpu/distance.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,7 +12,6 @@
 
 #define METAFAST_KERNELS "cpu/prototype_kernels.h"
 #include "cpu/for_each_isa.h"
-#include "cpu/parallel.h"
 
 namespace metafast {
 namespace {
@@ -51,9 +52,14 @@ struct Classes {
 };
 
 void check_features(const Tensor& features, const char* name, const Tensor& labels, const char* labels_name) {
-  if (features.dim() != 3) fail(name, ": expected [T, n, d], got ", shape_text(features));
+  check_cpu(features, name);
+  check_dim(features, name, 3, "[T, rows, d]");
+  check_labels(labels, labels_name, features);
   check_shape(labels, labels_name, {features.size(0), features.size(1)});
-  check_dtype(labels, labels_name, ScalarType::Long);
+}
+
+void check_classes(int64_t num_classes) {
+  if (num_classes < 0) fail("num_classes: expected a number of classes, got ", num_classes);
 }
 
 template <class S>
@@ -76,6 +82,7 @@ void means_into(const Tensor& features, const Classes<accumulate_t<S>>& classes,
 
 Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_classes) {
   check_features(features_any, "features", labels, "labels");
+  check_classes(num_classes);
   const Tensor features = contiguous_rows(features_any);
   Tensor out = new_empty(features, {features.size(0), num_classes, features.size(2)});
   dispatch_floating(features.scalar_type(), "features", [&](auto dtype) {
@@ -101,10 +108,12 @@ void spread_into(const Tensor& grad, const Classes<accumulate_t<S>>& classes, co
 }
 
 Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
-  if (grad_any.dim() != 3) fail("grad: expected [T, C, d], got ", shape_text(grad_any));
+  check_cpu(grad_any, "grad");
+  check_dim(grad_any, "grad", 3, "[T, C, d]");
+  check_labels(labels, "labels", grad_any);
+  check_shape(labels, "labels", {grad_any.size(0), labels.size(1)});
   const Tensor grad = contiguous_rows(grad_any);
   Tensor out = new_empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
-  check_features(out, "grad", labels, "labels");
   dispatch_floating(grad.scalar_type(), "grad", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     spread_into<S>(grad, Classes<accumulate_t<S>>(labels, "labels", grad.size(1)), out);
@@ -124,7 +133,6 @@ template <class A>
 std::vector<A> temperatures(const std::optional<Tensor>& temperature, double scale, int64_t T) {
   std::vector<A> values(T, static_cast<A>(scale));
   if (temperature.has_value()) {
-    check_shape(*temperature, "temperature", {T});
     const A* from = temperature->const_data_ptr<A>();
     for (int64_t t = 0; t < T; ++t) values[t] *= from[t * temperature->stride(0)];
   }
@@ -132,18 +140,26 @@ std::vector<A> temperatures(const std::optional<Tensor>& temperature, double sca
 }
 
 void check_episodes(const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                    const Tensor& query_labels) {
+                    const Tensor& query_labels, const std::optional<Tensor>& temperature) {
   check_features(support, "support", support_labels, "support_labels");
   check_features(query, "query", query_labels, "query_labels");
+  check_like(query, "query", support, "support");
   check_shape(query, "query", {support.size(0), query.size(1), support.size(2)});
-  check_dtype(query, "query", support.scalar_type());
+  if (temperature) {
+    check_like(*temperature, "temperature", support, "support");
+    check_shape(*temperature, "temperature", {support.size(0)});
+  }
 }
+
+// Query rows of one item of work: they bound the scratch memory and give the threads something to share in one task.
+constexpr int64_t kRowBlock = 128;
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, const Tensor& support_labels,
                                                      const Tensor& query_any, const Tensor& query_labels,
                                                      const std::optional<Tensor>& temperature, double scale,
-                                                     int64_t num_classes) {
-  check_episodes(support_any, support_labels, query_any, query_labels);
+                                                     int64_t num_classes, int64_t metric) {
+  check_episodes(support_any, support_labels, query_any, query_labels, temperature);
+  check_classes(num_classes);
   const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
   const int64_t T = query.size(0), m = query.size(1), d = query.size(2), C = num_classes;
   Tensor loss = new_empty(query, {T}), logits = new_empty(query, {T, m, C}), means = new_empty(query, {T, C, d});
@@ -152,45 +168,55 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
     const Classes<A> classes(support_labels, "support_labels", C), targets(query_labels, "query_labels", C);
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     means_into<A>(support, classes, means);
-    auto* kernel = METAFAST_KERNEL(prototypical_rows<A>);
-    const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(means);
-    const auto rows_logits = output_rows<A>(logits);
     const std::unique_ptr<A[]> losses(new A[T * m]);
-    // Blocks of rows bound the scratch memory and give the threads something to share where there is one task.
-    constexpr int64_t kRowBlock = 128;
-    const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
-    parallel(T * blocks, std::min(m, kRowBlock) * C * (d + 16), [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<A[]> scratch(new A[std::min(m, kRowBlock) * (C + 2)]);
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t t = item / blocks, first = item % blocks * kRowBlock;
-        kernel(rows_query, rows_means, classes.inverse(t), targets.of(t) + first, tau[t], rows_logits,
-               losses.get() + t * m + first, t, first, std::min(first + kRowBlock, m), C, d, scratch.get());
-      }
+    dispatch_metric(metric, [&](auto functor) {
+      using M = typename decltype(functor)::type;
+      auto* kernel = METAFAST_KERNEL(prototypical_rows<A, M>);
+      const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(means);
+      const auto rows_logits = output_rows<A>(logits);
+      const auto query_squares = squares<M, A>(rows_query, T, m, d, METAFAST_KERNEL(row_squares<A>));
+      const auto mean_squares = squares<M, A>(rows_means, T, C, d, METAFAST_KERNEL(row_squares<A>));
+      const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
+      parallel(T * blocks, std::min(m, kRowBlock) * C * (d + 16), [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<A[]> scratch(new A[std::min(m, kRowBlock) * (C + 2)]);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t t = item / blocks, first = item % blocks * kRowBlock;
+          kernel(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t),
+                 targets.of(t) + first, tau[t], rows_logits, losses.get() + t * m + first, t, first,
+                 std::min(first + kRowBlock, m), C, d, scratch.get());
+        }
+      });
     });
     A* out = loss.template mutable_data_ptr<A>();
     for (int64_t t = 0; t < T; ++t) {
-      A total = A(0);
+      double total = 0;
       for (int64_t i = 0; i < m; ++i) total += losses[t * m + i];
-      out[t] = total / static_cast<A>(m);
+      out[t] = static_cast<A>(total / static_cast<double>(m));
     }
   });
   return {loss, logits, means};
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
-    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_logits_any,
-    const std::optional<Tensor>& grad_prototypes_any, const Tensor& support, const Tensor& support_labels,
+    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_logits,
+    const std::optional<Tensor>& grad_prototypes, const Tensor& support, const Tensor& support_labels,
     const Tensor& query_any, const Tensor& query_labels, const std::optional<Tensor>& temperature, double scale,
-    const Tensor& logits_any, const Tensor& prototypes_any) {
-  check_episodes(support, support_labels, query_any, query_labels);
+    const Tensor& logits_any, const Tensor& prototypes_any, int64_t metric) {
+  check_episodes(support, support_labels, query_any, query_labels, temperature);
+  check_dim(logits_any, "logits", 3, "[T, m, C]");
+  const int64_t T = query_any.size(0), n = support.size(1), m = query_any.size(1), d = query_any.size(2);
+  const int64_t C = logits_any.size(2);
+  const auto check = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+    check_like(tensor, name, query_any, "query");
+    check_shape(tensor, name, shape);
+  };
+  check(logits_any, "logits", {T, m, C});
+  check(prototypes_any, "prototypes", {T, C, d});
+  if (grad_loss) check(*grad_loss, "grad_loss", {T});
+  if (grad_logits) check(*grad_logits, "grad_logits", {T, m, C});
+  if (grad_prototypes) check(*grad_prototypes, "grad_prototypes", {T, C, d});
   const Tensor query = contiguous_rows(query_any), prototypes = contiguous_rows(prototypes_any);
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
-  const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2), C = logits.size(2);
-  check_shape(logits, "logits", {T, m, C});
-  check_shape(prototypes, "prototypes", {T, C, d});
-  if (grad_loss) check_shape(*grad_loss, "grad_loss", {T});
-  if (grad_logits_any) check_shape(*grad_logits_any, "grad_logits", {T, m, C});
-  if (grad_prototypes_any) check_shape(*grad_prototypes_any, "grad_prototypes", {T, C, d});
   Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});
   Tensor grad_means = new_empty(query, {T, C, d});
   Tensor grad_temperature = new_empty(query, {temperature ? T : 0});
@@ -200,44 +226,45 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(prototypes);
     const auto rows_logits = input_rows<A>(logits);
-    std::optional<Tensor> grad_logits;
-    Rows<const A> rows_grad_logits{};
-    if (grad_logits_any) {
-      grad_logits = contiguous_rows(*grad_logits_any);
-      rows_grad_logits = input_rows<A>(*grad_logits);
-    }
+    const auto rows_grad_query = output_rows<A>(grad_query), rows_grad_means = output_rows<A>(grad_means);
+    const Tensor upstream = grad_logits ? contiguous_rows(*grad_logits) : logits;
+    const Rows<const A> rows_upstream = input_rows<A>(upstream);
     const A* loss_values = grad_loss ? grad_loss->template const_data_ptr<A>() : nullptr;
     const int64_t loss_stride = grad_loss ? grad_loss->stride(0) : 0;
     A* temperature_values = temperature ? grad_temperature.template mutable_data_ptr<A>() : nullptr;
-
-    auto* weigh = METAFAST_KERNEL(prototypical_weights<A>);
-    const std::unique_ptr<A[]> weights(new A[T * m * C]);
-    parallel(T, m * C * (temperature ? d + 16 : 16), [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<A[]> scratch(new A[2 * m]);
-      for (int64_t t = begin; t < end; ++t) {
-        weigh(rows_query, rows_means, classes.inverse(t), targets.of(t), tau[t], rows_logits,
-              loss_values ? loss_values[t * loss_stride] : A(0), grad_logits ? &rows_grad_logits : nullptr, t, m, C, d,
-              weights.get() + t * m * C, scratch.get(), temperature_values ? temperature_values + t : nullptr);
-        if (temperature_values) temperature_values[t] *= static_cast<A>(scale);
-      }
+    dispatch_metric(metric, [&](auto functor) {
+      using M = typename decltype(functor)::type;
+      const auto query_squares = squares<M, A>(rows_query, T, m, d, METAFAST_KERNEL(row_squares<A>));
+      const auto mean_squares = squares<M, A>(rows_means, T, C, d, METAFAST_KERNEL(row_squares<A>));
+      auto* weigh = METAFAST_KERNEL(prototypical_weights<A, M>);
+      auto* slopes = METAFAST_KERNEL(distance_slopes<A, M>);
+      const PerRow<A> weight(T, m * C), query_part(T, m), mean_part(T, C);
+      parallel(T, m * C * (temperature || M::kSlopeOfSum ? d + 16 : 16), [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<A[]> scratch(new A[2 * m]);
+        for (int64_t t = begin; t < end; ++t) {
+          weigh(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t), targets.of(t),
+                tau[t], rows_logits, loss_values ? loss_values[t * loss_stride] : A(0),
+                grad_logits ? &rows_upstream : nullptr, t, m, C, d, weight.of(t), scratch.get(),
+                temperature_values ? temperature_values + t : nullptr);
+          if (temperature_values) temperature_values[t] *= static_cast<A>(scale);
+          const Rows<const A> rows_weight{weight.values.get(), m * C, C};
+          slopes(rows_weight, rows_query, rows_means, query_squares.of(t), mean_squares.of(t), t, m, C, d,
+                 weight.of(t), query_part.of(t), mean_part.of(t));
+        }
+      });
+      auto* spread = METAFAST_KERNEL(distance_spread<A, M>);
+      const Chunks chunks(T, d, 3 * C);
+      parallel(T * chunks.count, 3 * m * C * chunks.size, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<A[]> scratch(new A[3 * C * chunks.size]);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
+          spread(weight.of(t), query_part.of(t), mean_part.of(t), rows_query, rows_means, rows_grad_query,
+                 rows_grad_means, t, m, C, first, std::min(first + chunks.size, d), chunks.size, scratch.get());
+        }
+      });
     });
-
-    // dL/d|q - p|^2 = weight, so the slopes are twice that; the support's share follows from the class means'.
-    for (int64_t k = 0; k < T * m * C; ++k) weights[k] *= A(2);
-    const std::vector<A> nothing(std::max(m, C), A(0));
-    auto* spread = METAFAST_KERNEL(distance_spread<A, A, Difference>);
-    const auto rows_grad_query = output_rows<A>(grad_query), rows_grad_means = output_rows<A>(grad_means);
-    const Chunks chunks(T, d, 2 * C);
-    parallel(T * chunks.count, 3 * m * C * chunks.size, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<A[]> scratch(new A[2 * C * chunks.size]);
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
-        spread(weights.get() + t * m * C, nothing.data(), nothing.data(), rows_query, rows_means, rows_grad_query,
-               rows_grad_means, t, m, C, first, std::min(first + chunks.size, d), chunks.size, scratch.get());
-      }
-    });
-    if (grad_prototypes_any) {
-      const Tensor extra = contiguous_rows(*grad_prototypes_any);
+    if (grad_prototypes) {
+      const Tensor extra = contiguous_rows(*grad_prototypes);
       const auto rows_extra = input_rows<A>(extra);
       for (int64_t t = 0; t < T; ++t) {
         for (int64_t c = 0; c < C; ++c) {

@@ -71,17 +71,17 @@ METAFAST_HOST_DEVICE void softmax_rows(const A* logits, int64_t rows, int64_t nu
   }
 }
 
-// Logits [rows, C] = -temperature |query - prototype|^2 and the cross-entropy of the query rows begin..end;
+// Logits [rows, C] = -temperature D(query, prototype) and the cross-entropy of the query rows begin..end;
 // inverse_count is 0 for a class without support. scratch holds rows (C + 2) numbers.
-template <class A>
-void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* inverse_count, const int64_t* labels,
-                       A temperature, Rows<A> logits, A* losses, int64_t t, int64_t begin, int64_t end,
-                       int64_t num_classes, int64_t d, A* scratch) {
-  using M = SqEuclidean;
-  const auto finish = [&](int64_t i, int64_t c, const A(&sums)[M::kSums]) {
-    logits.row(t, i)[c] = inverse_count[c] > A(0) ? -temperature * M::template value<A>(sums) : -A(INFINITY);
-  };
-  for_each_pair<A, M>(query, prototypes, t, begin, end, num_classes, d, finish);
+template <class A, class M>
+void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* query_squares, const A* squares,
+                       const A* inverse_count, const int64_t* labels, A temperature, Rows<A> logits, A* losses,
+                       int64_t t, int64_t begin, int64_t end, int64_t num_classes, int64_t d, A* scratch) {
+  for_each_pair<A, M>(query, prototypes, query_squares, squares, t, begin, end, num_classes, d,
+                      [&](int64_t i, int64_t c, Pair<A> pair) {
+                        const A distance = pair_value<A, M>(query, prototypes, t, i, c, d, pair);
+                        logits.row(t, i)[c] = inverse_count[c] > A(0) ? -temperature * distance : -A(INFINITY);
+                      });
   const int64_t rows = end - begin;
   A *maxima = scratch + rows * num_classes, *totals = maxima + rows;
   softmax_rows(logits.row(t, begin), rows, num_classes, scratch, maxima, totals);
@@ -90,13 +90,13 @@ void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* i
   }
 }
 
-// weight [rows, C] = dL/d|query - prototype|^2 = -temperature dL/dlogits, from the upstream gradients; where
-// temperature_grad is given it receives dL/dtemperature of these rows, whose distances are computed again for it.
-template <class A>
-void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A* inverse_count, const int64_t* labels,
-                          A temperature, Rows<const A> logits, A grad_loss, const Rows<const A>* grad_logits, int64_t t,
-                          int64_t m, int64_t num_classes, int64_t d, A* weight, A* scratch, A* temperature_grad) {
-  using M = SqEuclidean;
+// weight [m, C] = dL/dD = -temperature dL/dlogits, from the upstream gradients; where temperature_grad is given it
+// receives dL/dtemperature, for which the distances are computed again. scratch holds 2 m numbers.
+template <class A, class M>
+void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A* query_squares, const A* squares,
+                          const A* inverse_count, const int64_t* labels, A temperature, Rows<const A> logits,
+                          A grad_loss, const Rows<const A>* grad_logits, int64_t t, int64_t m, int64_t num_classes,
+                          int64_t d, A* weight, A* scratch, A* temperature_grad) {
   A *maxima = scratch, *totals = maxima + m;
   if (m > 0) softmax_rows(logits.row(t, 0), m, num_classes, weight, maxima, totals);
   for (int64_t i = 0; i < m; ++i) {
@@ -111,13 +111,13 @@ void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A
     }
   }
   if (temperature_grad != nullptr) {
-    A total = A(0);
-    for_each_pair<A, M>(query, prototypes, t, 0, m, num_classes, d,
-                        [&](int64_t i, int64_t c, const A(&sums)[M::kSums]) {
-                          const A w = weight[i * num_classes + c];
-                          if (inverse_count[c] > A(0)) total -= w * M::template value<A>(sums);
+    double total = 0;
+    for_each_pair<A, M>(query, prototypes, query_squares, squares, t, 0, m, num_classes, d,
+                        [&](int64_t i, int64_t c, Pair<A> pair) {
+                          const A distance = pair_value<A, M>(query, prototypes, t, i, c, d, pair);
+                          if (inverse_count[c] > A(0)) total -= double(weight[i * num_classes + c]) * distance;
                         });
-    *temperature_grad = total;
+    *temperature_grad = static_cast<A>(total);
   }
   for (int64_t k = 0; k < m * num_classes; ++k) weight[k] *= -temperature;
 }

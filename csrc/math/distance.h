@@ -15,7 +15,7 @@ namespace metafast {
 // The order is that of METRICS in metafast/distance.py.
 enum class Metric : int { sqeuclidean = 0, euclidean = 1, cityblock = 2, cosine = 3 };
 
-// The gradient of one distance D: dD/dx = w (x - y) + x_part x and dD/dy = w (y - x) + y_part y.
+// The gradient of one distance D of rows x and y: dD/dx = w step_x + x_part x and dD/dy = w step_y + y_part y.
 template <class A>
 struct Slope {
   A w;
@@ -23,115 +23,128 @@ struct Slope {
   A y_part;
 };
 
+// What a metric knows of a pair: the sum over its features and, for kRows, the squared norms of both rows.
+template <class A>
+struct Pair {
+  A sum;
+  A x_square;
+  A y_square;
+};
+
 struct SqEuclidean {
-  static constexpr int kSums = 1;
-  static constexpr bool kNeedsSums = false;  // does the slope depend on the sums?
+  static constexpr bool kRows = false;       // are the norms needed, and does the slope hold the rows themselves?
+  static constexpr bool kSlopeOfSum = false;  // does the slope depend on the sum?
   template <class V>
-  static METAFAST_HOST_DEVICE void add(V (&sums)[kSums], V x, V y) {
+  static METAFAST_HOST_DEVICE void add(V& sum, V x, V y) {
     const V difference = x - y;
-    sums[0] += difference * difference;
+    sum += difference * difference;
+  }
+  template <class V>
+  static METAFAST_HOST_DEVICE V step_x(V x, V y) {
+    return x - y;
+  }
+  template <class V>
+  static METAFAST_HOST_DEVICE V step_y(V x, V y) {
+    return y - x;
   }
   template <class A>
-  static METAFAST_HOST_DEVICE A value(const A (&sums)[kSums]) {
-    return sums[0];
+  static METAFAST_HOST_DEVICE A value(Pair<A> pair) {
+    return pair.sum;
   }
   template <class A>
-  static METAFAST_HOST_DEVICE Slope<A> slope(const A (&)[kSums]) {
+  static METAFAST_HOST_DEVICE Slope<A> slope(Pair<A>) {
     return {A(2), A(0), A(0)};
   }
 };
 
-struct Euclidean {
-  static constexpr int kSums = 1;
-  static constexpr bool kNeedsSums = true;
-  template <class V>
-  static METAFAST_HOST_DEVICE void add(V (&sums)[kSums], V x, V y) {
-    SqEuclidean::add(sums, x, y);
-  }
+struct Euclidean : SqEuclidean {
+  static constexpr bool kSlopeOfSum = true;
   template <class A>
-  static METAFAST_HOST_DEVICE A value(const A (&sums)[kSums]) {
-    return std::sqrt(sums[0]);
+  static METAFAST_HOST_DEVICE A value(Pair<A> pair) {
+    return std::sqrt(pair.sum);
   }
   // Derivative 0 where the distance is 0.
   template <class A>
-  static METAFAST_HOST_DEVICE Slope<A> slope(const A (&sums)[kSums]) {
-    return {sums[0] == A(0) ? A(0) : A(1) / std::sqrt(sums[0]), A(0), A(0)};
+  static METAFAST_HOST_DEVICE Slope<A> slope(Pair<A> pair) {
+    return {pair.sum == A(0) ? A(0) : A(1) / std::sqrt(pair.sum), A(0), A(0)};
   }
 };
 
-// Its gradient is w sign(x - y), which the kernels apply in place of w (x - y).
 struct Cityblock {
-  static constexpr int kSums = 1;
-  static constexpr bool kNeedsSums = false;
+  static constexpr bool kRows = false;
+  static constexpr bool kSlopeOfSum = false;
   template <class V>
-  static METAFAST_HOST_DEVICE void add(V (&sums)[kSums], V x, V y) {
+  static METAFAST_HOST_DEVICE void add(V& sum, V x, V y) {
     const V difference = x - y;
-    sums[0] += difference < 0 ? -difference : difference;
+    sum += difference < 0 ? -difference : difference;
+  }
+  template <class V>
+  static METAFAST_HOST_DEVICE V step_x(V x, V y) {
+    const V difference = x - y;
+    const V one = difference * 0 + 1;
+    return x > y ? one : (x < y ? -one : difference);
+  }
+  template <class V>
+  static METAFAST_HOST_DEVICE V step_y(V x, V y) {
+    return -step_x(x, y);
   }
   template <class A>
-  static METAFAST_HOST_DEVICE A value(const A (&sums)[kSums]) {
-    return sums[0];
+  static METAFAST_HOST_DEVICE A value(Pair<A> pair) {
+    return pair.sum;
   }
   template <class A>
-  static METAFAST_HOST_DEVICE Slope<A> slope(const A (&)[kSums]) {
+  static METAFAST_HOST_DEVICE Slope<A> slope(Pair<A>) {
     return {A(1), A(0), A(0)};
   }
 };
 
-// 1 - cos = (|x - y|^2 - (|x| - |y|)^2) / (2 |x| |y|), which does not cancel for close rows.
+// The sum is x . y. Close directions are measured again by what is left of x without its share of y, whose rounding is
+// small beside itself: 1 - cos = sin^2 / (1 + cos) with sin^2 = |x - (x.y / y.y) y|^2 / x.x
 struct Cosine {
-  static constexpr int kSums = 5;
-  static constexpr bool kNeedsSums = true;
+  static constexpr bool kRows = true;
+  static constexpr bool kSlopeOfSum = true;
   template <class V>
-  static METAFAST_HOST_DEVICE void add(V (&sums)[kSums], V x, V y) {
-    const V difference = x - y;
-    sums[0] += difference * difference;
-    sums[1] += difference * x;
-    sums[2] += difference * y;
-    sums[3] += x * x;
-    sums[4] += y * y;
+  static METAFAST_HOST_DEVICE void add(V& sum, V x, V y) {
+    sum += x * y;
+  }
+  template <class V>
+  static METAFAST_HOST_DEVICE V step_x(V, V y) {
+    return -y;
+  }
+  template <class V>
+  static METAFAST_HOST_DEVICE V step_y(V x, V) {
+    return -x;
   }
   template <class A>
-  static METAFAST_HOST_DEVICE A clamp_norm(A norm) {
+  static METAFAST_HOST_DEVICE A length(A square) {
+    const A norm = std::sqrt(square);
     return norm > A(1e-8) || norm != norm ? norm : A(1e-8);
   }
   template <class A>
-  static METAFAST_HOST_DEVICE A value(const A (&sums)[kSums]) {
-    const A x_norm = std::sqrt(sums[3]), y_norm = std::sqrt(sums[4]);
-    const A x_length = clamp_norm(x_norm), y_length = clamp_norm(y_norm);
-    if (x_length == x_norm && y_length == y_norm) {
-      const A gap = (sums[1] + sums[2]) / (x_norm + y_norm);
-      const A twice = sums[0] - gap * gap;
-      return (twice < A(0) ? A(0) : twice) / (A(2) * x_norm * y_norm);
-    }
-    return A(1) - (sums[3] - sums[1]) / (x_length * y_length);
+  static METAFAST_HOST_DEVICE A similarity(Pair<A> pair) {
+    return pair.sum / (length(pair.x_square) * length(pair.y_square));
   }
   template <class A>
-  static METAFAST_HOST_DEVICE Slope<A> slope(const A (&sums)[kSums]) {
-    const A x_norm = std::sqrt(sums[3]), y_norm = std::sqrt(sums[4]);
-    const A x_length = clamp_norm(x_norm), y_length = clamp_norm(y_norm);
+  static METAFAST_HOST_DEVICE bool close(Pair<A> pair) {
+    return similarity(pair) > A(0.5);
+  }
+  template <class A>
+  static METAFAST_HOST_DEVICE A value(Pair<A> pair) {
+    return A(1) - similarity(pair);
+  }
+  // residual = |x - (x.y / y.y) y|^2
+  template <class A>
+  static METAFAST_HOST_DEVICE A close_value(Pair<A> pair, A residual) {
+    return residual / pair.x_square / (A(1) + similarity(pair));
+  }
+  // A clamped norm is a constant.
+  template <class A>
+  static METAFAST_HOST_DEVICE Slope<A> slope(Pair<A> pair) {
+    const A x_length = length(pair.x_square), y_length = length(pair.y_square);
     const A w = A(1) / (x_length * y_length);
-    // A clamped norm is a constant, and the row is not projected.
-    const A x_part = x_length == x_norm ? -sums[1] / sums[3] : A(-1);
-    const A y_part = y_length == y_norm ? sums[2] / sums[4] : A(-1);
-    return {w, w * x_part, w * y_part};
-  }
-};
-
-// What the slope's w multiplies.
-struct Difference {
-  template <class V>
-  static METAFAST_HOST_DEVICE V of(V x, V y) {
-    return x - y;
-  }
-};
-
-struct Sign {
-  template <class V>
-  static METAFAST_HOST_DEVICE V of(V x, V y) {
-    const V difference = x - y;
-    const V one = V{} + 1;
-    return difference > 0 ? one : (difference < 0 ? -one : difference);
+    const A x_part = x_length > A(1e-8) ? w * pair.sum / pair.x_square : A(0);
+    const A y_part = y_length > A(1e-8) ? w * pair.sum / pair.y_square : A(0);
+    return {w, x_part, y_part};
   }
 };
 
