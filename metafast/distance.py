@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metafast import _check, reference
-from metafast._autodiff import closed_form, differentiable
+from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks
 from metafast._library import fallback, operator
 
@@ -110,65 +110,107 @@ def _distance_jvp(tangents: Any, x: Tensor, y: Tensor, metric: int) -> Tensor:
     return DISTANCE_JVP(x, y, tangents[0], tangents[1], metric)
 
 
-def _composed(x: Tensor, y: Tensor, metric: int) -> Tensor:
-    """Euclidean and cosine distance from operators whose derivatives of every order are known."""
-    if metric == _EUCLIDEAN:
-        return reference.safe_sqrt(DISTANCE(x, y, _SQEUCLIDEAN))
-    with _check.without_autocast(x):
-        return reference.pairwise_distance(x, y, METRICS[metric])
-
-
-def _composed_vjp(grad: Tensor, x: Tensor, y: Tensor, metric: int) -> Any:
-    return torch.func.vjp(lambda a, b: _composed(a, b, metric), x, y)[1](grad)
-
-
-def _composed_jvp(x: Tensor, y: Tensor, tangent_x: Tensor, tangent_y: Tensor, metric: int) -> Tensor:
-    return closed_form(_composed)[1]((tangent_x, tangent_y, None), x, y, metric)
-
-
-_composed_vjp_rules = closed_form(_composed_vjp)
-_composed_jvp_rules = closed_form(_composed_jvp)
-
-
 def _filled(value: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if value is None else value
 
 
-# With B(g, x, y) the vjp and J(x, y, u, v) the jvp, sqeuclidean and cityblock are closed under differentiation:
-# B and J are linear in g and in u, v; in x and y sqeuclidean is linear too, and cityblock constant.
+def _sqrt_slopes(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of sqrt at the squared distances; 0 where the distance is 0."""
+    distance = DISTANCE(x, y, _EUCLIDEAN)
+    zero = distance == 0
+    inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, distance))
+    return inverse / 2, -(inverse**3) / 4
+
+
+class _Unit:
+    """Rows ``x`` of length 1 and what their derivatives need; a clamped norm is a constant."""
+
+    def __init__(self, x: Tensor) -> None:
+        norm = reference.clamped_norm(x)
+        self.scale = 1 / norm
+        self.rows = x * self.scale
+        self.free = (norm > reference.COSINE_EPS).to(x.dtype)
+
+    def along(self, value: Tensor) -> Tensor:
+        return self.free * (self.rows * value).sum(-1, keepdim=True)
+
+    def project(self, value: Tensor) -> Tensor:
+        """The derivative of ``rows`` along ``value``; it is symmetric, so its transpose as well."""
+        return self.scale * (value - self.rows * self.along(value))
+
+    def project_tangent(self, value: Tensor, change: Tensor, move: Tensor) -> Tensor:
+        """The derivative of ``project(value)`` along ``change`` of ``value`` and ``move`` of ``x``."""
+        rows, turned = self.rows, self.project(move)
+        scale = -self.scale.square() * self.along(move)
+        bend = turned * self.along(value) + rows * self.free * (turned * value).sum(-1, keepdim=True)
+        return scale * (value - rows * self.along(value)) + self.project(change) - self.scale * bend
+
+
+def distance_vjp_tangent(
+    grad: Tensor, x: Tensor, y: Tensor, to_grad: Tensor | None, to_x: Tensor, to_y: Tensor, metric: int
+) -> tuple[Tensor, Tensor]:
+    """The tangent of ``DISTANCE_VJP(grad, x, y)`` along ``to_grad``, ``to_x`` and ``to_y``."""
+    if metric == _COSINE:
+        with _check.without_autocast(x):
+            unit_x, unit_y = _Unit(x), _Unit(y)
+            turned_x, turned_y = unit_x.project(to_x), unit_y.project(to_y)
+            back = grad.transpose(-1, -2)
+            change_x, change_y = grad @ turned_y, back @ turned_x
+            if to_grad is not None:
+                change_x = change_x + to_grad @ unit_y.rows
+                change_y = change_y + to_grad.transpose(-1, -2) @ unit_x.rows
+            grad_x = unit_x.project_tangent(grad @ unit_y.rows, change_x, to_x)
+            grad_y = unit_y.project_tangent(back @ unit_x.rows, change_y, to_y)
+            return -grad_x, -grad_y
+    parts = [] if to_grad is None else [DISTANCE_VJP(to_grad, x, y, metric)]
+    if metric == _SQEUCLIDEAN:
+        parts.append(DISTANCE_VJP(grad, to_x, to_y, metric))
+    if metric == _EUCLIDEAN:
+        first, second = _sqrt_slopes(x, y)
+        moved = DISTANCE_JVP(x, y, to_x, to_y, _SQEUCLIDEAN)
+        parts.append(DISTANCE_VJP(grad * second * moved, x, y, _SQEUCLIDEAN))
+        parts.append(DISTANCE_VJP(grad * first, to_x, to_y, _SQEUCLIDEAN))
+    if not parts:
+        return torch.zeros_like(x), torch.zeros_like(y)
+    grads_x, grads_y = zip(*parts, strict=True)
+    return sum(grads_x[1:], grads_x[0]), sum(grads_y[1:], grads_y[0])
+
+
+# With f the distance: the vjp V(g, x, y) is the gradient of <g, f(x, y)>, whose second derivative is symmetric. So
+# the vjp of V for x and y is its own tangent, and its vjp for g is the tangent of f.
 def _vjp_vjp(need: Any, grads: Any, grad: Tensor, x: Tensor, y: Tensor, metric: int) -> Any:
-    if metric in (_EUCLIDEAN, _COSINE):
-        return _composed_vjp_rules[0](need, grads, grad, x, y, metric)
     u, v = _filled(grads[0], x), _filled(grads[1], y)
-    to_grad = DISTANCE_JVP(x, y, u, v, metric)
-    to_x, to_y = DISTANCE_VJP(grad, u, v, metric) if metric == _SQEUCLIDEAN else (None, None)
-    return to_grad, to_x, to_y, None
+    return DISTANCE_JVP(x, y, u, v, metric), *distance_vjp_tangent(grad, x, y, None, u, v, metric), None
 
 
 def _vjp_jvp(tangents: Any, grad: Tensor, x: Tensor, y: Tensor, metric: int) -> Any:
-    if metric in (_EUCLIDEAN, _COSINE):
-        return _composed_vjp_rules[1](tangents, grad, x, y, metric)
-    grad_x, grad_y = DISTANCE_VJP(tangents[0], x, y, metric)
-    if metric == _SQEUCLIDEAN:
-        more_x, more_y = DISTANCE_VJP(grad, tangents[1], tangents[2], metric)
-        grad_x, grad_y = grad_x + more_x, grad_y + more_y
-    return grad_x, grad_y
+    return distance_vjp_tangent(grad, x, y, tangents[0], tangents[1], tangents[2], metric)
 
 
+# The tangent J(x, y, u, v) is linear in u and v with transpose V, and its gradient for x and y is V's tangent.
 def _jvp_vjp(need: Any, grads: Any, x: Tensor, y: Tensor, u: Tensor, v: Tensor, metric: int) -> Any:
-    if metric in (_EUCLIDEAN, _COSINE):
-        return _composed_jvp_rules[0](need, grads, x, y, u, v, metric)
     to_u, to_v = DISTANCE_VJP(grads[0], x, y, metric)
-    to_x, to_y = DISTANCE_VJP(grads[0], u, v, metric) if metric == _SQEUCLIDEAN else (None, None)
-    return to_x, to_y, to_u, to_v, None
+    return *distance_vjp_tangent(grads[0], x, y, None, u, v, metric), to_u, to_v, None
 
 
 def _jvp_jvp(tangents: Any, x: Tensor, y: Tensor, u: Tensor, v: Tensor, metric: int) -> Any:
-    if metric in (_EUCLIDEAN, _COSINE):
-        return _composed_jvp_rules[1](tangents, x, y, u, v, metric)
-    out = DISTANCE_JVP(x, y, tangents[2], tangents[3], metric)
+    to_x, to_y, to_u, to_v, _ = tangents
+    out = DISTANCE_JVP(x, y, to_u, to_v, metric)
     if metric == _SQEUCLIDEAN:
-        out = out + DISTANCE_JVP(tangents[0], tangents[1], u, v, metric)
+        out = out + DISTANCE_JVP(to_x, to_y, u, v, metric)
+    if metric == _EUCLIDEAN:
+        first, second = _sqrt_slopes(x, y)
+        moved = DISTANCE_JVP(x, y, to_x, to_y, _SQEUCLIDEAN)
+        out = out + second * moved * DISTANCE_JVP(x, y, u, v, _SQEUCLIDEAN)
+        out = out + first * DISTANCE_JVP(to_x, to_y, u, v, _SQEUCLIDEAN)
+    if metric == _COSINE:
+        with _check.without_autocast(x):
+            unit_x, unit_y = _Unit(x), _Unit(y)
+            zero_u, zero_v = torch.zeros_like(u), torch.zeros_like(v)
+            out = out - unit_x.project_tangent(u, zero_u, to_x) @ unit_y.rows.transpose(-1, -2)
+            out = out - unit_x.rows @ unit_y.project_tangent(v, zero_v, to_y).transpose(-1, -2)
+            out = out - unit_x.project(u) @ unit_y.project(to_y).transpose(-1, -2)
+            out = out - unit_x.project(to_x) @ unit_y.project(v).transpose(-1, -2)
     return out
 
 

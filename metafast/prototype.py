@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from metafast import _check, reference
-from metafast._autodiff import closed_form, differentiable
+from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks
 from metafast._library import call, fallback, operator
-from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS, metric_index
+from metafast.distance import (
+    DISTANCE,
+    DISTANCE_JVP,
+    DISTANCE_VJP,
+    METRICS,
+    distance_vjp_tangent,
+    metric_index,
+)
 
 MEANS = operator("prototypes")
 MEANS_VJP = operator("prototypes_vjp")
@@ -253,7 +260,18 @@ def _loss_jvp(
     return ((probability * along).sum(-1) - own).mean(-1), along, means_tangent
 
 
-def _loss_vjp_closed(
+def _loss_upstream(
+    grad_loss: Tensor | None, grad_logits: Tensor | None, probability: Tensor, query_labels: Tensor
+) -> Tensor:
+    """The gradient for the logits, without the mask of the present classes."""
+    upstream = torch.zeros_like(probability) if grad_logits is None else grad_logits
+    if grad_loss is None:
+        return upstream
+    target = reference.one_hot(query_labels, probability.shape[-1]).to(probability.dtype)
+    return upstream + grad_loss[:, None, None] / probability.shape[1] * (probability - target)
+
+
+def _plain_loss_vjp(
     grad_loss: Tensor | None,
     grad_logits: Tensor | None,
     grad_means: Tensor | None,
@@ -267,16 +285,11 @@ def _loss_vjp_closed(
     means: Tensor,
     metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What LOSS_VJP computes. ``logits`` and ``means`` are functions of the other arguments, and are computed anew."""
-    num_classes = means.shape[1]
+    """What LOSS_VJP computes, from the parts."""
     means, distance, present, probability = _loss_parts(
-        support, support_labels, query, temperature, scale, num_classes, metric
+        support, support_labels, query, temperature, scale, means.shape[1], metric
     )
-    upstream = torch.zeros_like(distance) if grad_logits is None else grad_logits
-    if grad_loss is not None:
-        target = reference.one_hot(query_labels, num_classes).to(probability.dtype)
-        upstream = upstream + grad_loss[:, None, None] / query.shape[1] * (probability - target)
-    upstream = torch.where(present, upstream, 0.0)
+    upstream = torch.where(present, _loss_upstream(grad_loss, grad_logits, probability, query_labels), 0.0)
     to_query, to_means = DISTANCE_VJP(-_scaled(temperature, scale) * upstream, query, means, metric)
     if grad_means is not None:
         to_means = to_means + grad_means
@@ -286,12 +299,102 @@ def _loss_vjp_closed(
     return to_support, to_query, -scale * (upstream * distance).sum((-2, -1))
 
 
-_closed_vjp, _closed_jvp = closed_form(_loss_vjp_closed)
+def _loss_vjp_tangent(
+    tangents: Any,
+    grad_loss: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_means: Tensor | None,
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    logits: Tensor,
+    means: Tensor,
+    metric: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tangent of LOSS_VJP along the first three arguments, support, query and temperature (None: no change).
+
+    ``logits`` and ``means`` are functions of the other arguments, and are computed anew.
+    """
+    to_loss, to_logits, to_grad_means, to_support, _, to_query, _, to_temperature = tangents[:8]
+    num_classes = means.shape[1]
+    means, distance, present, probability = _loss_parts(
+        support, support_labels, query, temperature, scale, num_classes, metric
+    )
+    tau = _scaled(temperature, scale)
+    upstream = torch.where(present, _loss_upstream(grad_loss, grad_logits, probability, query_labels), 0.0)
+    to_means = MEANS(to_support, support_labels, num_classes)
+    moved = DISTANCE_JVP(query, means, to_query, to_means, metric)
+    along = -tau * moved
+    if temperature is not None:
+        along = along - _scaled(to_temperature, scale) * distance
+    along = torch.where(present, along, 0.0)
+    change = torch.zeros_like(distance)
+    if to_loss is not None or to_logits is not None:
+        change = _loss_upstream(to_loss, to_logits, probability, query_labels)
+    if grad_loss is not None:
+        turned = probability * (along - (probability * along).sum(-1, keepdim=True))
+        change = change + grad_loss[:, None, None] / query.shape[1] * turned
+    change = torch.where(present, change, 0.0)
+    weight_change = -tau * change
+    if temperature is not None:
+        weight_change = weight_change - _scaled(to_temperature, scale) * upstream
+    out_query, out_means = distance_vjp_tangent(
+        -tau * upstream, query, means, weight_change, to_query, to_means, metric
+    )
+    if to_grad_means is not None:
+        out_means = out_means + to_grad_means
+    out_support = MEANS_VJP(out_means, support_labels)
+    if temperature is None:
+        return out_support, out_query, query.new_empty(0)
+    return out_support, out_query, -scale * (change * distance + upstream * moved).sum((-2, -1))
+
+
+# LOSS_VJP is the gradient of <grads, LOSS>, whose second derivative is symmetric: its vjp for support, query and
+# temperature is its own tangent, and its vjp for the upstream gradients is the tangent of LOSS.
+def _loss_vjp_vjp(need: Any, grads: Any, *args: Any) -> Any:
+    support, support_labels, query, query_labels = args[3:7]
+    temperature, scale, _, means, metric = args[7:]
+    to_support = torch.zeros_like(support) if grads[0] is None else grads[0]
+    to_query = torch.zeros_like(query) if grads[1] is None else grads[1]
+    to_temperature = None
+    if temperature is not None:
+        to_temperature = torch.zeros_like(temperature) if grads[2] is None else grads[2]
+    upstream = (None, None, None)
+    if any(need[:3]):
+        upstream = _loss_jvp(
+            (to_support, None, to_query, None, to_temperature),
+            support,
+            support_labels,
+            query,
+            query_labels,
+            temperature,
+            scale,
+            means.shape[1],
+            metric,
+        )
+    tangents = (None, None, None, to_support, None, to_query, None, to_temperature)
+    out_support, out_query, out_temperature = _loss_vjp_tangent(tangents, *args)
+    return (
+        *(value if needed else None for value, needed in zip(upstream, need, strict=False)),
+        out_support,
+        None,
+        out_query,
+        None,
+        None if temperature is None else out_temperature,
+        None,
+        None,
+        None,
+        None,
+    )
+
 
 differentiable(MEANS, vjp=_means_vjp, jvp=_means_jvp)
 differentiable(MEANS_VJP, vjp=_means_vjp_vjp, jvp=_means_vjp_jvp)
 differentiable(LOSS, vjp=_loss_vjp, jvp=_loss_jvp, save_outputs=True)
-differentiable(LOSS_VJP, vjp=_closed_vjp, jvp=_closed_jvp)
+differentiable(LOSS_VJP, vjp=_loss_vjp_vjp, jvp=_loss_vjp_tangent)
 for _op in (MEANS, MEANS_VJP, LOSS, LOSS_VJP):
     fold_into_tasks(_op)
 for _device in ("cpu", "cuda"):
@@ -369,4 +472,4 @@ def _fallback_loss(
 fallback(MEANS, reference.prototypes)
 fallback(MEANS_VJP, reference.prototypes_vjp)
 fallback(LOSS, _fallback_loss)
-fallback(LOSS_VJP, _loss_vjp_closed)
+fallback(LOSS_VJP, _plain_loss_vjp)

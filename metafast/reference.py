@@ -19,7 +19,7 @@ def safe_sqrt(square: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
-def _clamped_norm(x: Tensor) -> Tensor:
+def clamped_norm(x: Tensor) -> Tensor:
     norm = safe_sqrt(x.square().sum(-1, keepdim=True))
     return torch.where(norm <= COSINE_EPS, COSINE_EPS, norm)
 
@@ -27,7 +27,7 @@ def _clamped_norm(x: Tensor) -> Tensor:
 def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tensor:
     """Distances ``[..., n, m]`` of the rows of ``x [..., n, d]`` to the rows of ``y [..., m, d]``, by differences."""
     if metric == "cosine":
-        unit_x, unit_y = x / _clamped_norm(x), y / _clamped_norm(y)
+        unit_x, unit_y = x / clamped_norm(x), y / clamped_norm(y)
         return 1 - unit_x @ unit_y.transpose(-1, -2)
     difference = x.unsqueeze(-2) - y.unsqueeze(-3)
     if metric == "cityblock":
@@ -45,7 +45,7 @@ def _slopes(x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, ...]:
     x, y = x.unsqueeze(-2), y.unsqueeze(-3)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     if metric == "cosine":
-        x_norm, y_norm = _clamped_norm(x).squeeze(-1), _clamped_norm(y).squeeze(-1)
+        x_norm, y_norm = clamped_norm(x).squeeze(-1), clamped_norm(y).squeeze(-1)
         w = 1 / (x_norm * y_norm)
         along = w * (x * y).sum(-1)
         x_part = torch.where(x_norm > COSINE_EPS, along / x_norm.square(), 0.0)
