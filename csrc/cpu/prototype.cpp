@@ -93,16 +93,15 @@ Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_
 }
 
 template <class S>
-void spread_into(const Tensor& grad, const Classes<accumulate_t<S>>& classes, const Tensor& out) {
+void spread_into(Rows<const S> grad, const Classes<accumulate_t<S>>& classes, const Tensor& out) {
   auto* kernel = METAFAST_KERNEL(spread_means<S>);
   const int64_t T = out.size(0), n = out.size(1), d = out.size(2);
-  const auto rows_grad = input_rows<S>(grad);
   const auto rows_out = output_rows<S>(out);
   const Chunks chunks(T, d, 1);
   parallel(T * chunks.count, n * chunks.size, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
-      kernel(rows_grad, classes.of(t), classes.inverse(t), rows_out, t, n, first, std::min(first + chunks.size, d));
+      kernel(grad, classes.of(t), classes.inverse(t), rows_out, t, n, first, std::min(first + chunks.size, d));
     }
   });
 }
@@ -116,7 +115,7 @@ Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
   Tensor out = new_empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
   dispatch_floating(grad.scalar_type(), "grad", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
-    spread_into<S>(grad, Classes<accumulate_t<S>>(labels, "labels", grad.size(1)), out);
+    spread_into<S>(input_rows<S>(grad), Classes<accumulate_t<S>>(labels, "labels", grad.size(1)), out);
   });
   return out;
 }
@@ -218,7 +217,6 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
   const Tensor query = contiguous_rows(query_any), prototypes = contiguous_rows(prototypes_any);
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
   Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});
-  Tensor grad_means = new_empty(query, {T, C, d});
   Tensor grad_temperature = new_empty(query, {temperature ? T : 0});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
@@ -226,7 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(prototypes);
     const auto rows_logits = input_rows<A>(logits);
-    const auto rows_grad_query = output_rows<A>(grad_query), rows_grad_means = output_rows<A>(grad_means);
+    const auto rows_grad_query = output_rows<A>(grad_query);
+    const std::unique_ptr<A[]> grad_means(new A[T * C * d]);
+    const Rows<A> rows_grad_means{grad_means.get(), C * d, d};
     const Tensor upstream = grad_logits ? contiguous_rows(*grad_logits) : logits;
     const Rows<const A> rows_upstream = input_rows<A>(upstream);
     const A* loss_values = grad_loss ? grad_loss->template const_data_ptr<A>() : nullptr;
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
         }
       }
     }
-    spread_into<A>(grad_means, classes, grad_support);
+    spread_into<A>({grad_means.get(), C * d, d}, classes, grad_support);
   });
   return {grad_support, grad_query, grad_temperature};
 }
