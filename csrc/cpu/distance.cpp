@@ -37,16 +37,14 @@ Tensor pairwise_distance(const Tensor& x_any, const Tensor& y_any, int64_t metri
       auto* kernel = METAFAST_KERNEL(distance_value<S, M>);
       const auto rows_x = input_rows<S>(x), rows_y = input_rows<S>(y);
       const auto rows_out = output_rows<S>(out);
-      const auto x_squares = squares<M, S>(rows_x, T, n, d, METAFAST_KERNEL(row_squares<S>));
-      const auto y_squares = squares<M, S>(rows_y, T, m, d, METAFAST_KERNEL(row_squares<S>));
-      const int64_t blocks = (n + kRowBlock - 1) / kRowBlock;
-      parallel(T * blocks, kRowBlock * m * d, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t t = item / blocks, first = item % blocks * kRowBlock;
-          kernel(rows_x, rows_y, x_squares.of(t), y_squares.of(t), rows_out, t, first, std::min(first + kRowBlock, n),
-                 m, d);
-        }
-      });
+      const Squares<M, S> x_squares(T, n), y_squares(T, m);
+      auto* row_squares = METAFAST_KERNEL(row_squares<S>);
+      const auto values = [&](int64_t t, int64_t block) {
+        const int64_t first = block * kRowBlock, last = std::min(first + kRowBlock, n);
+        kernel(rows_x, rows_y, x_squares.of(t), y_squares.of(t), rows_out, t, first, last, m, d);
+      };
+      parallel_stages(T, x_squares.stage(rows_x, n, d, row_squares), y_squares.stage(rows_y, m, d, row_squares),
+                      Stage{(n + kRowBlock - 1) / kRowBlock, kRowBlock * m * d, values});
     });
   });
   return out;
@@ -69,24 +67,23 @@ std::tuple<Tensor, Tensor> pairwise_distance_vjp(const Tensor& grad_any, const T
       auto* spread = METAFAST_KERNEL(distance_spread<S, M>);
       const auto rows_grad = input_rows<S>(grad), rows_x = input_rows<S>(x), rows_y = input_rows<S>(y);
       const auto rows_grad_x = output_rows<S>(grad_x), rows_grad_y = output_rows<S>(grad_y);
-      const auto x_squares = squares<M, S>(rows_x, T, n, d, METAFAST_KERNEL(row_squares<S>));
-      const auto y_squares = squares<M, S>(rows_y, T, m, d, METAFAST_KERNEL(row_squares<S>));
+      const Squares<M, S> x_squares(T, n), y_squares(T, m);
+      auto* row_squares = METAFAST_KERNEL(row_squares<S>);
       const PerRow<A> weight(T, n * m), x_part(T, n), y_part(T, m);
-      parallel(T, n * m * (M::kSlopeOfSum ? d : 1), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          slopes(rows_grad, rows_x, rows_y, x_squares.of(t), y_squares.of(t), t, n, m, d, weight.of(t), x_part.of(t),
-                 y_part.of(t));
-        }
-      });
+      const auto weigh = [&](int64_t t, int64_t) {
+        slopes(rows_grad, rows_x, rows_y, x_squares.of(t), y_squares.of(t), t, n, m, d, weight.of(t), x_part.of(t),
+               y_part.of(t));
+      };
       const Chunks chunks(T, d, 3 * m);
-      parallel(T * chunks.count, 3 * n * m * chunks.size, [&](int64_t begin, int64_t end) {
+      const auto gradients = [&](int64_t t, int64_t chunk) {
         const std::unique_ptr<A[]> scratch(new A[3 * m * chunks.size]);
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
-          spread(weight.of(t), x_part.of(t), y_part.of(t), rows_x, rows_y, rows_grad_x, rows_grad_y, t, n, m, first,
-                 std::min(first + chunks.size, d), chunks.size, scratch.get());
-        }
-      });
+        const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
+        spread(weight.of(t), x_part.of(t), y_part.of(t), rows_x, rows_y, rows_grad_x, rows_grad_y, t, n, m, first, last,
+               chunks.size, scratch.get());
+      };
+      parallel_stages(T, x_squares.stage(rows_x, n, d, row_squares), y_squares.stage(rows_y, m, d, row_squares),
+                      Stage{1, n * m * (M::kSlopeOfSum ? d : 1), weigh},
+                      Stage{chunks.count, 3 * n * m * chunks.size, gradients});
     });
   });
   return {grad_x, grad_y};
@@ -111,14 +108,13 @@ Tensor pairwise_distance_jvp(const Tensor& x_any, const Tensor& y_any, const Ten
       const auto rows_x = input_rows<S>(x), rows_y = input_rows<S>(y);
       const auto rows_u = input_rows<S>(tangent_x), rows_v = input_rows<S>(tangent_y);
       const auto rows_out = output_rows<S>(out);
-      const auto x_squares = squares<M, S>(rows_x, T, n, d, METAFAST_KERNEL(row_squares<S>));
-      const auto y_squares = squares<M, S>(rows_y, T, m, d, METAFAST_KERNEL(row_squares<S>));
-      parallel(T * n, 4 * m * d, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t t = item / n;
-          kernel(rows_x, rows_y, x_squares.of(t), y_squares.of(t), rows_u, rows_v, rows_out, t, item % n, m, d);
-        }
-      });
+      const Squares<M, S> x_squares(T, n), y_squares(T, m);
+      auto* row_squares = METAFAST_KERNEL(row_squares<S>);
+      const auto tangents = [&](int64_t t, int64_t i) {
+        kernel(rows_x, rows_y, x_squares.of(t), y_squares.of(t), rows_u, rows_v, rows_out, t, i, m, d);
+      };
+      parallel_stages(T, x_squares.stage(rows_x, n, d, row_squares), y_squares.stage(rows_y, m, d, row_squares),
+                      Stage{n, 4 * m * d, tangents});
     });
   });
   return out;

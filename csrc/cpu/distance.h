@@ -36,16 +36,17 @@ struct PerRow {
   A* of(int64_t t) const { return values.get() + t * rows; }
 };
 
-// |x_i|^2 of every row where the metric M needs them.
-template <class M, class S, class Kernel>
-PerRow<accumulate_t<S>> squares(Rows<const S> x, int64_t T, int64_t n, int64_t d, Kernel* row_squares) {
-  PerRow<accumulate_t<S>> result(M::kRows ? T : 0, n);
-  if constexpr (M::kRows) {
-    parallel(T, n * d, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) row_squares(x, t, n, d, result.of(t));
-    });
+// The squared norm of every row, where a metric needs them: made by a stage of the tasks' work.
+template <class M, class S>
+struct Squares : PerRow<accumulate_t<S>> {
+  using Kernel = void(Rows<const S>, int64_t, int64_t, int64_t, accumulate_t<S>*);
+
+  Squares(int64_t tasks, int64_t n) : PerRow<accumulate_t<S>>(M::kRows ? tasks : 0, M::kRows ? n : 0) {}
+
+  auto stage(Rows<const S> x, int64_t n, int64_t d, Kernel* row_squares) const {
+    return Stage{M::kRows ? 1 : 0, n * d,
+                 [=, this_ = this](int64_t t, int64_t) { row_squares(x, t, n, d, this_->of(t)); }};
   }
-  return result;
-}
+};
 
 }  // namespace metafast

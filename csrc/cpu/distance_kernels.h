@@ -277,8 +277,7 @@ void distance_tangent(Rows<const S> x, Rows<const S> y, const accumulate_t<S>* x
     }
     A totals[4];
     sums<A, 4>(total, totals);
-    const Slope<A> slope =
-        M::slope(Pair<A>{totals[0], M::kRows ? x_squares[i] : A(0), M::kRows ? y_squares[j] : A(0)});
+    const Slope<A> slope = M::slope(Pair<A>{totals[0], M::kRows ? x_squares[i] : A(0), M::kRows ? y_squares[j] : A(0)});
     A value = slope.w * totals[1];
     if constexpr (M::kRows) value += slope.x_part * totals[2] + slope.y_part * totals[3];
     out.row(t, i)[j] = static_cast<S>(value);

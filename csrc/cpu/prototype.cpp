@@ -62,22 +62,31 @@ void check_classes(int64_t num_classes) {
   if (num_classes < 0) fail("num_classes: expected a number of classes, got ", num_classes);
 }
 
+// The stage that makes the class means.
 template <class S>
-void means_into(const Tensor& features, const Classes<accumulate_t<S>>& classes, const Tensor& out) {
+auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes, Rows<S> out, int64_t d,
+                 const Chunks& chunks) {
   using A = accumulate_t<S>;
   auto* kernel = METAFAST_KERNEL(class_means<S>);
-  const int64_t T = features.size(0), n = features.size(1), d = features.size(2), C = classes.num_classes;
-  const auto rows = input_rows<S>(features);
-  const auto rows_out = output_rows<S>(out);
-  const Chunks chunks(T, d, C);
-  parallel(T * chunks.count, (n + C) * chunks.size, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<A[]> scratch(new A[C * chunks.size]);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
-      kernel(rows, classes.of(t), classes.inverse(t), rows_out, t, n, C, first, std::min(first + chunks.size, d),
-             chunks.size, scratch.get());
-    }
-  });
+  const int64_t n = classes.n, C = classes.num_classes;
+  return Stage{chunks.count, (n + C) * chunks.size, [=, &classes, &chunks](int64_t t, int64_t chunk) {
+                 const std::unique_ptr<A[]> scratch(new A[C * chunks.size]);
+                 const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
+                 kernel(features, classes.of(t), classes.inverse(t), out, t, n, C, first, last, chunks.size,
+                        scratch.get());
+               }};
+}
+
+// The stage that hands the gradient of the class means to their rows.
+template <class S>
+auto spread_stage(Rows<const S> grad, const Classes<accumulate_t<S>>& classes, Rows<S> out, int64_t d,
+                  const Chunks& chunks) {
+  auto* kernel = METAFAST_KERNEL(spread_means<S>);
+  const int64_t n = classes.n;
+  return Stage{chunks.count, n * chunks.size, [=, &classes, &chunks](int64_t t, int64_t chunk) {
+                 const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
+                 kernel(grad, classes.of(t), classes.inverse(t), out, t, n, first, last);
+               }};
 }
 
 Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_classes) {
@@ -87,23 +96,12 @@ Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_
   Tensor out = new_empty(features, {features.size(0), num_classes, features.size(2)});
   dispatch_floating(features.scalar_type(), "features", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
-    means_into<S>(features, Classes<accumulate_t<S>>(labels, "labels", num_classes), out);
+    const int64_t T = features.size(0), d = features.size(2);
+    const Classes<accumulate_t<S>> classes(labels, "labels", num_classes);
+    const Chunks chunks(T, d, num_classes);
+    parallel_stages(T, means_stage<S>(input_rows<S>(features), classes, output_rows<S>(out), d, chunks));
   });
   return out;
-}
-
-template <class S>
-void spread_into(Rows<const S> grad, const Classes<accumulate_t<S>>& classes, const Tensor& out) {
-  auto* kernel = METAFAST_KERNEL(spread_means<S>);
-  const int64_t T = out.size(0), n = out.size(1), d = out.size(2);
-  const auto rows_out = output_rows<S>(out);
-  const Chunks chunks(T, d, 1);
-  parallel(T * chunks.count, n * chunks.size, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
-      kernel(grad, classes.of(t), classes.inverse(t), rows_out, t, n, first, std::min(first + chunks.size, d));
-    }
-  });
 }
 
 Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
@@ -115,7 +113,10 @@ Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
   Tensor out = new_empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
   dispatch_floating(grad.scalar_type(), "grad", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
-    spread_into<S>(input_rows<S>(grad), Classes<accumulate_t<S>>(labels, "labels", grad.size(1)), out);
+    const int64_t T = grad.size(0), d = grad.size(2);
+    const Classes<accumulate_t<S>> classes(labels, "labels", grad.size(1));
+    const Chunks chunks(T, d, 1);
+    parallel_stages(T, spread_stage<S>(input_rows<S>(grad), classes, output_rows<S>(out), d, chunks));
   });
   return out;
 }
@@ -166,25 +167,26 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
     using A = typename decltype(dtype)::type;
     const Classes<A> classes(support_labels, "support_labels", C), targets(query_labels, "query_labels", C);
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
-    means_into<A>(support, classes, means);
     const std::unique_ptr<A[]> losses(new A[T * m]);
     dispatch_metric(metric, [&](auto functor) {
       using M = typename decltype(functor)::type;
       auto* kernel = METAFAST_KERNEL(prototypical_rows<A, M>);
+      auto* row_squares = METAFAST_KERNEL(row_squares<A>);
       const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(means);
       const auto rows_logits = output_rows<A>(logits);
-      const auto query_squares = squares<M, A>(rows_query, T, m, d, METAFAST_KERNEL(row_squares<A>));
-      const auto mean_squares = squares<M, A>(rows_means, T, C, d, METAFAST_KERNEL(row_squares<A>));
-      const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
-      parallel(T * blocks, std::min(m, kRowBlock) * C * (d + 16), [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<A[]> scratch(new A[std::min(m, kRowBlock) * (C + 2)]);
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t t = item / blocks, first = item % blocks * kRowBlock;
-          kernel(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t),
-                 targets.of(t) + first, tau[t], rows_logits, losses.get() + t * m + first, t, first,
-                 std::min(first + kRowBlock, m), C, d, scratch.get());
-        }
-      });
+      const Squares<M, A> query_squares(T, m), mean_squares(T, C);
+      const Chunks chunks(T, d, C);
+      const auto rows = [&](int64_t t, int64_t block) {
+        const std::unique_ptr<A[]> scratch(new A[(std::min(m, kRowBlock) + 15) * (C + 2)]);
+        const int64_t first = block * kRowBlock, last = std::min(first + kRowBlock, m);
+        kernel(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t),
+               targets.of(t) + first, tau[t], rows_logits, losses.get() + t * m + first, t, first, last, C, d,
+               scratch.get());
+      };
+      parallel_stages(T, means_stage<A>(input_rows<A>(support), classes, output_rows<A>(means), d, chunks),
+                      query_squares.stage(rows_query, m, d, row_squares),
+                      mean_squares.stage(rows_means, C, d, row_squares),
+                      Stage{(m + kRowBlock - 1) / kRowBlock, std::min(m, kRowBlock) * C * (d + 16), rows});
     });
     A* out = loss.template mutable_data_ptr<A>();
     for (int64_t t = 0; t < T; ++t) {
@@ -229,50 +231,52 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
     const Rows<A> rows_grad_means{grad_means.get(), C * d, d};
     const Tensor upstream = grad_logits ? contiguous_rows(*grad_logits) : logits;
     const Rows<const A> rows_upstream = input_rows<A>(upstream);
+    std::optional<Tensor> extra;
+    std::optional<Rows<const A>> rows_extra;
+    if (grad_prototypes) {
+      extra = contiguous_rows(*grad_prototypes);
+      rows_extra = input_rows<A>(*extra);
+    }
     const A* loss_values = grad_loss ? grad_loss->template const_data_ptr<A>() : nullptr;
     const int64_t loss_stride = grad_loss ? grad_loss->stride(0) : 0;
     A* temperature_values = temperature ? grad_temperature.template mutable_data_ptr<A>() : nullptr;
     dispatch_metric(metric, [&](auto functor) {
       using M = typename decltype(functor)::type;
-      const auto query_squares = squares<M, A>(rows_query, T, m, d, METAFAST_KERNEL(row_squares<A>));
-      const auto mean_squares = squares<M, A>(rows_means, T, C, d, METAFAST_KERNEL(row_squares<A>));
+      auto* row_squares = METAFAST_KERNEL(row_squares<A>);
       auto* weigh = METAFAST_KERNEL(prototypical_weights<A, M>);
       auto* slopes = METAFAST_KERNEL(distance_slopes<A, M>);
-      const PerRow<A> weight(T, m * C), query_part(T, m), mean_part(T, C);
-      parallel(T, m * C * (temperature || M::kSlopeOfSum ? d + 16 : 16), [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<A[]> scratch(new A[2 * m]);
-        for (int64_t t = begin; t < end; ++t) {
-          weigh(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t), targets.of(t),
-                tau[t], rows_logits, loss_values ? loss_values[t * loss_stride] : A(0),
-                grad_logits ? &rows_upstream : nullptr, t, m, C, d, weight.of(t), scratch.get(),
-                temperature_values ? temperature_values + t : nullptr);
-          if (temperature_values) temperature_values[t] *= static_cast<A>(scale);
-          const Rows<const A> rows_weight{weight.values.get(), m * C, C};
-          slopes(rows_weight, rows_query, rows_means, query_squares.of(t), mean_squares.of(t), t, m, C, d,
-                 weight.of(t), query_part.of(t), mean_part.of(t));
-        }
-      });
       auto* spread = METAFAST_KERNEL(distance_spread<A, M>);
+      const Squares<M, A> query_squares(T, m), mean_squares(T, C);
+      const PerRow<A> weight(T, m * C), query_part(T, m), mean_part(T, C);
       const Chunks chunks(T, d, 3 * C);
-      parallel(T * chunks.count, 3 * m * C * chunks.size, [&](int64_t begin, int64_t end) {
+      const auto weights = [&](int64_t t, int64_t) {
+        const std::unique_ptr<A[]> scratch(new A[(m + 15) * (C + 2)]);
+        weigh(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t), targets.of(t),
+              tau[t], rows_logits, loss_values ? loss_values[t * loss_stride] : A(0),
+              grad_logits ? &rows_upstream : nullptr, t, m, C, d, weight.of(t), scratch.get(),
+              temperature_values ? temperature_values + t : nullptr);
+        if (temperature_values) temperature_values[t] *= static_cast<A>(scale);
+        const Rows<const A> rows_weight{weight.values.get(), m * C, C};
+        slopes(rows_weight, rows_query, rows_means, query_squares.of(t), mean_squares.of(t), t, m, C, d, weight.of(t),
+               query_part.of(t), mean_part.of(t));
+      };
+      const auto gradients = [&](int64_t t, int64_t chunk) {
         const std::unique_ptr<A[]> scratch(new A[3 * C * chunks.size]);
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t t = item / chunks.count, first = item % chunks.count * chunks.size;
-          spread(weight.of(t), query_part.of(t), mean_part.of(t), rows_query, rows_means, rows_grad_query,
-                 rows_grad_means, t, m, C, first, std::min(first + chunks.size, d), chunks.size, scratch.get());
+        const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
+        spread(weight.of(t), query_part.of(t), mean_part.of(t), rows_query, rows_means, rows_grad_query,
+               rows_grad_means, t, m, C, first, last, chunks.size, scratch.get());
+        if (rows_extra) {
+          for (int64_t c = 0; c < C; ++c) {
+            for (int64_t k = first; k < last; ++k) rows_grad_means.row(t, c)[k] += rows_extra->row(t, c)[k];
+          }
         }
-      });
+      };
+      parallel_stages(T, query_squares.stage(rows_query, m, d, row_squares),
+                      mean_squares.stage(rows_means, C, d, row_squares),
+                      Stage{1, m * C * (temperature || M::kSlopeOfSum ? d + 16 : 16), weights},
+                      Stage{chunks.count, 3 * m * C * chunks.size, gradients},
+                      spread_stage<A>({grad_means.get(), C * d, d}, classes, output_rows<A>(grad_support), d, chunks));
     });
-    if (grad_prototypes) {
-      const Tensor extra = contiguous_rows(*grad_prototypes);
-      const auto rows_extra = input_rows<A>(extra);
-      for (int64_t t = 0; t < T; ++t) {
-        for (int64_t c = 0; c < C; ++c) {
-          for (int64_t k = 0; k < d; ++k) rows_grad_means.row(t, c)[k] += rows_extra.row(t, c)[k];
-        }
-      }
-    }
-    spread_into<A>({grad_means.get(), C * d, d}, classes, grad_support);
   });
   return {grad_support, grad_query, grad_temperature};
 }

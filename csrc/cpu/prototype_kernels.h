@@ -42,68 +42,79 @@ void spread_means(Rows<const S> grad, const int64_t* labels, const accumulate_t<
   }
 }
 
-METAFAST_HOST_DEVICE void exponentials(float* values, int64_t count) {
-  int64_t k = 0;
-  for (; k + kWidth<float> <= count; k += kWidth<float>) store<float>(values + k, exponential(load<float>(values + k)));
-  if (k < count) store_part<float>(values + k, exponential(load_part<float>(values + k, count - k)), count - k);
-}
+// Columns of query rows: class-major, so that the vectors run over rows whatever the number of classes. Rows are padded
+// to whole vectors of every width.
+constexpr int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
 
-METAFAST_HOST_DEVICE void exponentials(double* values, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) values[k] = std::exp(values[k]);
-}
-
-// exps [rows, C] = exp(logits - max), totals = their sums. NaN spreads over its row, as in torch.
+// columns [C, padded rows] = exp(columns - max); maxima and totals [padded rows] are their largest entries and sums.
+// NaN spreads over its row, as in torch.
 template <class A>
-METAFAST_HOST_DEVICE void softmax_rows(const A* logits, int64_t rows, int64_t num_classes, A* exps, A* maxima,
-                                       A* totals) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const A* row = logits + i * num_classes;
-    A largest = row[0];
-    for (int64_t c = 1; c < num_classes; ++c) largest = row[c] > largest || row[c] != row[c] ? row[c] : largest;
-    maxima[i] = largest;
-    for (int64_t c = 0; c < num_classes; ++c) exps[i * num_classes + c] = row[c] - largest;
-  }
-  exponentials(exps, rows * num_classes);
-  for (int64_t i = 0; i < rows; ++i) {
-    A total = A(0);
-    for (int64_t c = 0; c < num_classes; ++c) total += exps[i * num_classes + c];
-    totals[i] = total;
+METAFAST_HOST_DEVICE void softmax_columns(A* columns, int64_t rows, int64_t num_classes, A* maxima, A* totals) {
+  using V = vector_t<A>;
+  const int64_t stride = padded(rows);
+  for (int64_t i = 0; i < rows; i += kWidth<A>) {
+    V largest = load<A>(columns + i);
+    for (int64_t c = 1; c < num_classes; ++c) {
+      const V value = load<A>(columns + c * stride + i);
+      largest = largest >= value ? largest : (largest != largest ? largest : value);
+    }
+    V total = {};
+    for (int64_t c = 0; c < num_classes; ++c) {
+      const V value = exponential(load<A>(columns + c * stride + i) - largest);
+      store<A>(columns + c * stride + i, value);
+      total += value;
+    }
+    store<A>(maxima + i, largest);
+    store<A>(totals + i, total);
   }
 }
 
 // Logits [rows, C] = -temperature D(query, prototype) and the cross-entropy of the query rows begin..end;
-// inverse_count is 0 for a class without support. scratch holds rows (C + 2) numbers.
+// inverse_count is 0 for a class without support. scratch holds padded(rows) (C + 2) numbers.
 template <class A, class M>
 void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* query_squares, const A* squares,
                        const A* inverse_count, const int64_t* labels, A temperature, Rows<A> logits, A* losses,
                        int64_t t, int64_t begin, int64_t end, int64_t num_classes, int64_t d, A* scratch) {
+  const int64_t rows = end - begin, stride = padded(rows);
+  A *maxima = scratch + num_classes * stride, *totals = maxima + stride;
+  for (int64_t c = 0; c < num_classes; ++c) {
+    for (int64_t i = rows; i < stride; ++i) scratch[c * stride + i] = A(0);
+  }
   for_each_pair<A, M>(query, prototypes, query_squares, squares, t, begin, end, num_classes, d,
                       [&](int64_t i, int64_t c, Pair<A> pair) {
                         const A distance = pair_value<A, M>(query, prototypes, t, i, c, d, pair);
-                        logits.row(t, i)[c] = inverse_count[c] > A(0) ? -temperature * distance : -A(INFINITY);
+                        const A logit = inverse_count[c] > A(0) ? -temperature * distance : -A(INFINITY);
+                        logits.row(t, i)[c] = logit;
+                        scratch[c * stride + (i - begin)] = logit;
                       });
-  const int64_t rows = end - begin;
-  A *maxima = scratch + rows * num_classes, *totals = maxima + rows;
-  softmax_rows(logits.row(t, begin), rows, num_classes, scratch, maxima, totals);
-  for (int64_t i = 0; i < rows; ++i) {
-    losses[i] = maxima[i] + std::log(totals[i]) - logits.row(t, begin + i)[labels[i]];
+  if (num_classes == 0) return;
+  softmax_columns(scratch, rows, num_classes, maxima, totals);
+  for (int64_t i = 0; i < rows; i += kWidth<A>) {
+    store<A>(totals + i, load<A>(maxima + i) + logarithm(load<A>(totals + i)));
   }
+  for (int64_t i = 0; i < rows; ++i) losses[i] = totals[i] - logits.row(t, begin + i)[labels[i]];
 }
 
 // weight [m, C] = dL/dD = -temperature dL/dlogits, from the upstream gradients; where temperature_grad is given it
-// receives dL/dtemperature, for which the distances are computed again. scratch holds 2 m numbers.
+// receives dL/dtemperature, for which the distances are computed again. scratch holds padded(m) (C + 2) numbers.
 template <class A, class M>
 void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A* query_squares, const A* squares,
                           const A* inverse_count, const int64_t* labels, A temperature, Rows<const A> logits,
                           A grad_loss, const Rows<const A>* grad_logits, int64_t t, int64_t m, int64_t num_classes,
                           int64_t d, A* weight, A* scratch, A* temperature_grad) {
-  A *maxima = scratch, *totals = maxima + m;
-  if (m > 0) softmax_rows(logits.row(t, 0), m, num_classes, weight, maxima, totals);
+  const int64_t stride = padded(m);
+  A *maxima = scratch + num_classes * stride, *totals = maxima + stride;
+  for (int64_t c = 0; c < num_classes; ++c) {
+    for (int64_t i = 0; i < m; ++i) scratch[c * stride + i] = logits.row(t, i)[c];
+    for (int64_t i = m; i < stride; ++i) scratch[c * stride + i] = A(0);
+  }
+  if (num_classes > 0) softmax_columns(scratch, m, num_classes, maxima, totals);
+  const A share = grad_loss / static_cast<A>(m);
+  for (int64_t i = 0; i < m; i += kWidth<A>) store<A>(totals + i, share / load<A>(totals + i));
   for (int64_t i = 0; i < m; ++i) {
-    const A scale = grad_loss / static_cast<A>(m) / totals[i];
     A* row = weight + i * num_classes;
-    for (int64_t c = 0; c < num_classes; ++c) row[c] *= scale;
-    row[labels[i]] -= grad_loss / static_cast<A>(m);
+    for (int64_t c = 0; c < num_classes; ++c) row[c] = scratch[c * stride + i] * totals[i];
+    row[labels[i]] -= share;
     for (int64_t c = 0; c < num_classes; ++c) {
       if (grad_logits != nullptr) row[c] += grad_logits->row(t, i)[c];
       // The logit of an absent class is a constant.

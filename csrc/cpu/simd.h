@@ -145,3 +145,33 @@ METAFAST_HOST_DEVICE vector_t<float> exponential(vector_t<float> x) {
   const V scale = (V)((low + 127) << 23), rest = (V)((high + 127) << 23);
   return underflow ? V{} : p * scale * rest;
 }
+
+// log of positive numbers, the smallest normal one and above: a polynomial on [sqrt(1/2), sqrt(2)] and the exponent.
+METAFAST_HOST_DEVICE vector_t<float> logarithm(vector_t<float> x) {
+  using V = vector_t<float>;
+  typedef VectorOf<float>::bits bits;
+  const bits raw = (bits)x - 0x3f3504f3;
+  const V exponent = __builtin_convertvector(raw >> 23, V);
+  const V m = (V)((raw & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  V p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const V square = m * m;
+  const V value = ((p * m * square + exponent * -2.12194440e-4f) - 0.5f * square) + m + exponent * 0.693359375f;
+  return x < __builtin_inff() ? value : x;
+}
+
+METAFAST_HOST_DEVICE vector_t<double> exponential(vector_t<double> x) {
+  for (int64_t k = 0; k < kWidth<double>; ++k) x[k] = std::exp(x[k]);
+  return x;
+}
+
+METAFAST_HOST_DEVICE vector_t<double> logarithm(vector_t<double> x) {
+  for (int64_t k = 0; k < kWidth<double>; ++k) x[k] = std::log(x[k]);
+  return x;
+}

@@ -32,7 +32,7 @@ struct Pair {
 };
 
 struct SqEuclidean {
-  static constexpr bool kRows = false;       // are the norms needed, and does the slope hold the rows themselves?
+  static constexpr bool kRows = false;        // are the norms needed, and does the slope hold the rows themselves?
   static constexpr bool kSlopeOfSum = false;  // does the slope depend on the sum?
   template <class V>
   static METAFAST_HOST_DEVICE void add(V& sum, V x, V y) {

@@ -158,10 +158,20 @@ class ImageClasses:
             indices = torch.stack([source, choice]).to(self.device)
             found = self._quarter_turned.index_select(0, indices[0])
             found = torch.cat([found, found.flip((2, 3))]).index_select(0, indices[1])
-        return found.to(torch.float32).div_(255) if found.dtype == torch.uint8 else found
+        return _unit_interval(found) if found.dtype == torch.uint8 else found
 
     def __repr__(self) -> str:
         return (
             f"ImageClasses(classes={self.num_classes}, rotations={self.rotations}, "
             f"images={list(self.images.shape)}, dtype={self.images.dtype}, device='{self.device}')"
         )
+
+
+def _unit_interval(images: Tensor) -> Tensor:
+    """uint8 images as float32 in 0..1."""
+    scaled = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    # On a CPU both passes over a block of images find it in the cache.
+    block = 256 if images.device.type == "cpu" else max(1, len(images))
+    for source, target in zip(images.split(block), scaled.split(block), strict=True):
+        target.copy_(source).div_(255)
+    return scaled
