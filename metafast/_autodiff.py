@@ -63,19 +63,26 @@ def differentiable(
             return no_gradients
         saved = ctx.saved_tensors
         args = (ctx.needs_input_grad[1:], grads, *inputs(ctx, saved), *saved[len(of_tensors) :])
-        if torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
             return (None, *vjp(*args))
         # Nothing is recorded, so the operators of the rule need not look whether it is.
         with torch._C._AutoDispatchBelowAutograd():
             return (None, *vjp(*args))
 
     def forward_mode(ctx: Any, _: Any, *tangents: Tensor | None) -> Any:
-        args = inputs(ctx, ctx.saved_for_forward)
-        filled = (
-            torch.zeros_like(a) if v is None and isinstance(a, Tensor) else v
-            for a, v in zip(args, tangents, strict=True)
-        )
-        return jvp(tuple(filled), *args)
+        # The rule runs with forward mode off, which the outer torch.func levels need on; this level's tangents stay out.
+        with forward_ad._set_fwd_grad_enabled(True):
+            args = [primal(a) for a in inputs(ctx, ctx.saved_for_forward)]
+            filled = (
+                torch.zeros_like(a) if v is None and isinstance(a, Tensor) else v
+                for a, v in zip(args, tangents, strict=True)
+            )
+            return jvp(tuple(filled), *args)
+
+    def primal(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return torch._VF._unpack_dual(value, level=0)[0]
 
     name = op._schema.name.split("::")[1]
     node = type(

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+from typing import ClassVar
 
 import numpy
 import pytest
@@ -394,7 +395,7 @@ class TestFit:
 
 
 class TestResume:
-    OPTIONS = {"steps": 9, "validation_episodes": 5, "validate_every": 4, "halve_every": 3}
+    OPTIONS: ClassVar = {"steps": 9, "validation_episodes": 5, "validate_every": 4, "halve_every": 3}
 
     @pytest.mark.parametrize("schedule", ["halve", "cosine"])
     @pytest.mark.parametrize("step", [2, 4, 7])
@@ -647,7 +648,7 @@ class TestFailures:
             CheckpointError, match=r"checkpoint-last.pt is truncated, damaged or not a checkpoint"
         ):
             load_checkpoint(path)
-        with pytest.raises(CheckpointError, match="checkpoint-last.pt"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-last\.pt"):
             fit(make_learner(), train, 2, out=tmp_path, resume=True)
 
     @pytest.mark.parametrize(
@@ -667,7 +668,7 @@ class TestFailures:
             {"format": "metafast-checkpoint-1", "step": 1, "settings": {}, "model": Attack()},
             tmp_path / "bad.pt",
         )
-        with pytest.raises(CheckpointError, match="bad.pt"):
+        with pytest.raises(CheckpointError, match=r"bad\.pt"):
             load_checkpoint(tmp_path / "bad.pt")
         assert not (tmp_path / "broken-in").exists()
 

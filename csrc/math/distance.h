@@ -81,7 +81,7 @@ struct Cityblock {
   template <class V>
   static METAFAST_HOST_DEVICE V step_x(V x, V y) {
     const V difference = x - y;
-    const V one = difference * 0 + 1;
+    const V one = V{} + 1;
     return x > y ? one : (x < y ? -one : difference);
   }
   template <class V>

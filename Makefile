@@ -1,0 +1,145 @@
+# Every target sets up all it needs: a virtual environment in .venv, torch, the development tools and the build.
+#   make demo PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"    chooses where torch comes from
+#   make test ARGS="tests/test_values.py -k cosine"                            passes arguments on
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+OLDEST_TORCH_VERSION ?= 2.11.0
+PIP_TORCH ?=
+ARGS ?=
+NVCC ?= $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc,$(shell command -v nvcc))
+
+SHELL := /bin/bash -o pipefail
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Idle OpenMP threads that spin slow down a machine with few cores.
+export OMP_WAIT_POLICY := PASSIVE
+
+BIN := .venv/bin
+INSTALL := -m pip install --quiet
+BUILD_TOOLS := numpy 'setuptools>=77' wheel ninja
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TORCH := .venv/.torch-$(TORCH_VERSION)
+BUILT := .venv/.built
+OLDEST := build/env-oldest/.torch-$(OLDEST_TORCH_VERSION)
+DEMO := runs/demo
+
+.PHONY: help demo test test-oldest lint format cuda bench wheel sdist clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         train a small network, then compare speed with plain PyTorch (two minutes after set-up)"
+	@echo "make test         run the tests; make test-oldest: values and derivatives under torch $(OLDEST_TORCH_VERSION)"
+	@echo "make lint         ruff, mypy, clang-format; make format: let ruff and clang-format rewrite"
+	@echo "make cuda         compile the CUDA sources for sm_80 and sm_90, if there is an nvcc"
+	@echo "make bench        time every operator against the strongest alternatives"
+	@echo "make wheel        build a wheel and try it in a fresh environment; make sdist: the same for the sources"
+	@echo "make clean        remove what was built, except .venv"
+
+demo: $(BUILT)
+	@$(BIN)/python -m metafast train --data glyphs --train-ways 30 --train-queries 5 --steps 900 --schedule cosine \
+	  --validate-every 300 --validation-episodes 100 --test-shots 1 5 --episodes 600 --overwrite --out $(DEMO)
+	@echo
+	@$(BIN)/python -m benchmarks.ratios --quick
+	@echo
+	@echo "pictures: $(DEMO)/learning-curve.png"
+	@echo "          $(DEMO)/episode.png"
+
+test: $(BUILT)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(BUILT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks.ratios $(ARGS)
+
+# The library of this checkout, built with the newest torch, under the oldest; then the sources against its headers.
+test-oldest: $(BUILT) $(OLDEST)
+	build/env-oldest/bin/python -m pytest tests/test_import.py tests/test_binary.py tests/test_values.py \
+	  tests/test_derivatives.py
+	@echo "building against the headers of torch $(OLDEST_TORCH_VERSION)"
+	@build/env-oldest/bin/python setup.py build_ext --build-temp build/oldest --build-lib build/oldest \
+	  > build/oldest.log 2>&1 || { cat build/oldest.log; exit 1; }
+
+# setup.py's flags, and a register or shared-memory spill is an error.
+cuda: $(TORCH)
+ifeq ($(NVCC),)
+	@echo "*** no nvcc found: the CUDA sources were NOT compiled ***"
+else
+	@$(NVCC) --version | tail -2 | head -1
+	@mkdir -p build/cuda
+	@for source in csrc/cuda/*.cu; do \
+	  echo "nvcc $$source: sm_80, sm_90"; \
+	  $(NVCC) -std=c++17 -O3 --Werror=all-warnings -Xcompiler=-fvisibility=hidden,-Wall --resource-usage \
+	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -Icsrc \
+	    $$($(BIN)/python -c "from torch.utils import cpp_extension as e; print(*('-isystem=' + p for p in e.include_paths()))") \
+	    -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 \
+	    -c $$source -o build/cuda/$$(basename $$source .cu).o > build/cuda/log 2>&1 || { cat build/cuda/log; exit 1; }; \
+	  if grep -E '[1-9][0-9]* bytes spill' -B 2 build/cuda/log; then echo "$$source: registers are spilled"; exit 1; fi; \
+	done
+endif
+
+wheel: $(BUILT)
+	rm -rf dist/*.whl build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	ls -l dist/metafast-*-cp310-abi3-linux_$$(uname -m).whl
+	$(call fresh_environment,build/env-wheel)
+	build/env-wheel/bin/python $(INSTALL) dist/metafast-*.whl
+	$(call try_environment,build/env-wheel)
+
+sdist: $(BUILT)
+	rm -rf dist/*.tar.gz
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist . > build/sdist.log 2>&1 || { cat build/sdist.log; exit 1; }
+	ls -l dist/metafast-*.tar.gz
+	$(call fresh_environment,build/env-sdist)
+	build/env-sdist/bin/python $(INSTALL) $(BUILD_TOOLS)
+	build/env-sdist/bin/python $(INSTALL) --no-build-isolation dist/metafast-*.tar.gz
+	$(call try_environment,build/env-sdist)
+
+clean:
+	rm -rf build dist metafast.egg-info metafast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BUILT)
+
+define fresh_environment
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python $(INSTALL) $(PIP_TORCH) torch==$(TORCH_VERSION)
+endef
+
+define try_environment
+	$(1)/bin/python -I tests/installed.py
+	$(1)/bin/metafast doctor
+endef
+
+$(TORCH):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=...")'
+	@echo "setting up .venv with torch $(TORCH_VERSION)"
+	@test -e $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python $(INSTALL) $(PIP_TORCH) torch==$(TORCH_VERSION)
+	@$(BIN)/python $(INSTALL) $(BUILD_TOOLS)
+	@touch $@
+
+# The first build comes with the editable installation; later ones compile only what changed.
+$(BUILT): $(TORCH) pyproject.toml setup.py $(CSRC)
+	@if [ pyproject.toml -nt .venv/.installed ]; then \
+	  echo "installing the development tools, building metafast"; \
+	  $(BIN)/python $(INSTALL) --no-build-isolation -e '.[dev]' && touch .venv/.installed; \
+	else \
+	  echo "building metafast"; mkdir -p build; \
+	  $(BIN)/python setup.py build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }; \
+	fi
+	@touch $@
+
+$(OLDEST):
+	@echo "setting up build/env-oldest with torch $(OLDEST_TORCH_VERSION)"
+	@$(PYTHON) -m venv --clear build/env-oldest
+	@build/env-oldest/bin/python $(INSTALL) $(PIP_TORCH) torch==$(OLDEST_TORCH_VERSION)
+	@build/env-oldest/bin/python $(INSTALL) $(BUILD_TOOLS) pytest hypothesis
+	@touch $@

@@ -1,0 +1,245 @@
+"""The one table of operators: what each computes, its reference and its inputs. Every other operator test iterates over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metafast
+from metafast import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: Sizes for derivative tests: n >= C, so that every class can have a support row.
+SMALL = {"n": 4, "m": 3, "d": 3, "C": 2}
+#: Sizes that no tile or vector divides.
+ODD = {"n": 5, "m": 7, "d": 33, "C": 3}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor argument: the names of its sizes after the leading dimensions, and what its entries are."""
+
+    shape: str
+    kind: str = "features"  # or "positive", or "labels" (class numbers)
+    per_task: bool = True  # False: it has no leading dimensions
+
+    @property
+    def differentiable(self) -> bool:
+        return self.kind != "labels"
+
+    def make(
+        self,
+        lead: Sequence[int],
+        sizes: Mapping[str, int],
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        shape = (*(lead if self.per_task else ()), *(sizes[name] for name in self.shape.split()))
+        if self.kind == "labels":
+            return shuffled_labels(shape, sizes["C"]).to(device)
+        if self.kind == "positive":
+            return (torch.rand(shape, dtype=torch.float64) + 0.5).to(device, dtype)
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``function(*inputs, C)`` is metafast's, ``reference(*inputs, C)`` the plain one."""
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Mapping[str, Input]
+    kernels_only: bool = True  # False: a part of it is composed of torch's operators
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def make(
+        self,
+        lead: Sequence[int] = (2,),
+        sizes: Mapping[str, int] = SMALL,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        requires_grad: bool = False,
+    ) -> list[Tensor]:
+        tensors = [spec.make(lead, sizes, dtype, device) for spec in self.inputs.values()]
+        return [t.requires_grad_(requires_grad and t.is_floating_point()) for t in tensors]
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        return tuple(k for k, spec in enumerate(self.inputs.values()) if spec.differentiable)
+
+    def closed(self, function: Callable[..., Any], inputs: Sequence[Tensor], C: int) -> Callable[..., Any]:
+        """``function`` of the differentiable inputs alone."""
+
+        def of(*values: Tensor) -> Any:
+            merged = list(inputs)
+            for k, value in zip(self.differentiable, values, strict=True):
+                merged[k] = value
+            return function(*merged, C)
+
+        return of
+
+    def floats(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(inputs[k] for k in self.differentiable)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def shuffled_labels(shape: Sequence[int], num_classes: int) -> Tensor:
+    """Class numbers ``[..., rows]`` in random order, in which every class occurs if there are rows enough."""
+    if num_classes == 0:
+        return torch.zeros(shape, dtype=torch.int64)
+    return torch.rand(shape).argsort(-1) % num_classes
+
+
+def outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else value
+
+
+def cotangents(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Fixed upstream gradients of every output, all entries different."""
+    return tuple(torch.arange(1, o.numel() + 1, device=o.device).cos().view(o.shape).to(o.dtype) for o in outputs(value))
+
+
+def weighted_sum(values: Iterable[Tensor]) -> Tensor:
+    """A scalar in which every entry of ``values`` has a weight of its own."""
+    values = tuple(values)
+    total = torch.zeros((), dtype=values[0].dtype, device=values[0].device)
+    for value, weight in zip(values, cotangents(values), strict=True):
+        total = total + (value * weight).sum()
+    return total
+
+
+def gradients(function: Callable[..., Any], inputs: Sequence[Tensor], C: int) -> tuple[Tensor, ...]:
+    """The values, and the gradients for every floating input of a fixed upstream gradient."""
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    out = outputs(function(*leaves, C))
+    floats = [t for t in leaves if t.is_floating_point()]
+    return (*(o.detach() for o in out), *torch.autograd.grad(out, floats, cotangents(out)))
+
+
+def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t.double() if t.is_floating_point() else t for t in inputs]
+
+
+def assert_accurate(
+    actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """At most twice the error of the plain formula in ``dtype``, and a few roundings of 1 or of the largest value.
+
+    One number per task (the loss, the gradient of a temperature) sums terms as large as the other results, and is
+    rounded as they are.
+    """
+    floor = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 4)
+    per_row = max(e.dim() for e in exact) - 1
+    largest = max(largest_finite(e) for e in exact)
+    for k, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert a.shape == e.shape, f"result {k}: shape {list(a.shape)}, expected {list(e.shape)}"
+        if e.numel() == 0:
+            continue
+        e = e.double()
+        finite = e.isfinite()
+        torch.testing.assert_close(a.double()[~finite], e[~finite], equal_nan=True, rtol=0, atol=0)
+        if not finite.any():
+            continue
+        error = (a.double() - e)[finite].abs().max()
+        allowed = (p.double() - e)[finite].abs().max()
+        assert allowed.isfinite(), f"result {k}: the plain formula overflows, choose other inputs"
+        bound = 2 * allowed + floor * max(1.0, largest_finite(e) if e.dim() >= per_row else largest)
+        assert error <= bound, f"result {k}: error {error:.3e}, allowed {bound:.3e} (plain formula: {allowed:.3e})"
+
+
+def largest_finite(value: Tensor) -> float:
+    finite = value[value.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def assert_same(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Equal structures of float64 tensors, up to ``tolerance`` relative to the largest entry of each."""
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor)
+        assert actual.shape == expected.shape
+        atol = tolerance * max(1.0, largest_finite(expected))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
+    else:
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e, tolerance)
+
+
+def _pairwise(metric: str) -> Case:
+    return Case(
+        f"pairwise_distance-{metric}",
+        lambda x, y, C: metafast.pairwise_distance(x, y, metric),
+        lambda x, y, C: reference.pairwise_distance(x, y, metric),
+        {"x": Input("n d"), "y": Input("m d")},
+    )
+
+
+def _cdist(p: float, metric: str) -> Case:
+    return Case(
+        f"cdist-{p:g}",
+        lambda x, y, C: metafast.cdist(x, y, p),
+        lambda x, y, C: reference.pairwise_distance(x, y, metric),
+        {"x1": Input("n d"), "x2": Input("m d")},
+    )
+
+
+def _loss(metric: str, temperature: float | Input) -> Case:
+    inputs = {
+        "support": Input("n d"),
+        "support_labels": Input("n", "labels"),
+        "query": Input("m d"),
+        "query_labels": Input("m", "labels"),
+    }
+    if isinstance(temperature, Input):
+        return Case(
+            f"prototypical_loss-{metric}-" + ("task_temperature" if temperature.per_task else "temperature"),
+            lambda s, sl, q, ql, tau, C: metafast.prototypical_loss(s, sl, q, ql, C, metric, tau),
+            lambda s, sl, q, ql, tau, C: reference.prototypical_loss(s, sl, q, ql, C, metric, tau),
+            {**inputs, "temperature": temperature},
+        )
+    return Case(
+        f"prototypical_loss-{metric}",
+        lambda s, sl, q, ql, C: metafast.prototypical_loss(s, sl, q, ql, C, metric, temperature),
+        lambda s, sl, q, ql, C: reference.prototypical_loss(s, sl, q, ql, C, metric, temperature),
+        inputs,
+    )
+
+
+_SHARED_TEMPERATURE = Input("", "positive", per_task=False)
+_TASK_TEMPERATURE = Input("", "positive")
+
+CASES = (
+    _pairwise("sqeuclidean"),
+    _pairwise("euclidean"),
+    _pairwise("cityblock"),
+    _pairwise("cosine"),
+    _cdist(1.0, "cityblock"),
+    _cdist(2.0, "euclidean"),
+    Case(
+        "prototypes",
+        metafast.prototypes,
+        reference.prototypes,
+        {"features": Input("n d"), "labels": Input("n", "labels")},
+    ),
+    Case(
+        "prototypes-soft",
+        metafast.prototypes,
+        reference.prototypes,
+        {"features": Input("n d"), "labels": Input("n C", "positive")},
+        kernels_only=False,
+    ),
+    _loss("sqeuclidean", 0.7),
+    _loss("sqeuclidean", _SHARED_TEMPERATURE),
+    _loss("sqeuclidean", _TASK_TEMPERATURE),
+    _loss("euclidean", 0.7),
+    _loss("cityblock", _SHARED_TEMPERATURE),
+    _loss("cosine", _TASK_TEMPERATURE),
+)
