@@ -1,6 +1,24 @@
 """Fast few-shot and meta-learning in PyTorch."""
 
+from metafast import data, learners, reference
+from metafast.backbones import Conv4
+from metafast.data import Episodes, EpisodeSampler, check
 from metafast.distance import cdist, pairwise_distance
 from metafast.prototype import prototypes, prototypical_loss
+from metafast.training import evaluate, fit
 
-__all__ = ["cdist", "pairwise_distance", "prototypes", "prototypical_loss"]
+__all__ = [
+    "Conv4",
+    "EpisodeSampler",
+    "Episodes",
+    "cdist",
+    "check",
+    "data",
+    "evaluate",
+    "fit",
+    "learners",
+    "pairwise_distance",
+    "prototypes",
+    "prototypical_loss",
+    "reference",
+]

@@ -70,7 +70,7 @@ def differentiable(
             return (None, *vjp(*args))
 
     def forward_mode(ctx: Any, _: Any, *tangents: Tensor | None) -> Any:
-        # The rule runs with forward mode off, which the outer torch.func levels need on; this level's tangents stay out.
+        # torch calls this with forward mode off; outer torch.func levels need it on, without this level's tangents.
         with forward_ad._set_fwd_grad_enabled(True):
             args = [primal(a) for a in inputs(ctx, ctx.saved_for_forward)]
             filled = (
@@ -85,10 +85,14 @@ def differentiable(
         return torch._VF._unpack_dual(value, level=0)[0]
 
     name = op._schema.name.split("::")[1]
-    node = type(
+    node: Any = type(
         name,
         (_SingleLevelFunction,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(forward_mode)},
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(forward_mode),
+        },
     )
 
     def kernel(keyset: Any, *args: Any) -> Any:

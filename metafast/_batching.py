@@ -18,7 +18,7 @@ def fold_into_tasks(op: torch._ops.OpOverload) -> None:
         size = info.batch_size
 
         first = next(k for k, arg in enumerate(args) if isinstance(arg, Tensor))
-        tasks = args[first].shape[0 if in_dims[first] is None or in_dims[first] > 0 else 1]
+        tasks = args[first].shape[1 if in_dims[first] == 0 else 0]
 
         def fold(value: Any, dim: int | None) -> Any:
             if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The one table of operators: what each computes, its reference and its inputs. Every other operator test iterates over it."""
+"""The one table of operators: what each computes, its reference and its inputs. The operator tests iterate over it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ def outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def cotangents(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Fixed upstream gradients of every output, all entries different."""
-    return tuple(torch.arange(1, o.numel() + 1, device=o.device).cos().view(o.shape).to(o.dtype) for o in outputs(value))
+    return tuple(
+        torch.arange(1, o.numel() + 1, device=o.device).cos().view(o.shape).to(o.dtype)
+        for o in outputs(value)
+    )
 
 
 def weighted_sum(values: Iterable[Tensor]) -> Tensor:
@@ -152,7 +155,9 @@ def assert_accurate(
         allowed = (p.double() - e)[finite].abs().max()
         assert allowed.isfinite(), f"result {k}: the plain formula overflows, choose other inputs"
         bound = 2 * allowed + floor * max(1.0, largest_finite(e) if e.dim() >= per_row else largest)
-        assert error <= bound, f"result {k}: error {error:.3e}, allowed {bound:.3e} (plain formula: {allowed:.3e})"
+        assert error <= bound, (
+            f"result {k}: error {error:.3e}, allowed {bound:.3e} (plain formula: {allowed:.3e})"
+        )
 
 
 def largest_finite(value: Tensor) -> float:

@@ -66,7 +66,10 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _nan_memory() -> Iterator[None]:
     """In deterministic mode torch fills new memory with NaN: an operator that leaves a result unwritten shows it."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,4 +1,4 @@
-"""Derivatives of every order: against finite differences, against the reference, and in all ways autograd asks for them."""
+"""Derivatives of every order, against finite differences and the reference, in all ways autograd asks for them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,10 @@ class TestReference:
 
     @pytest.mark.parametrize("metric", METRICS)
     def test_orders_at_zero_rows(self, metric: str, device: torch.device) -> None:
-        x, y = torch.randn(2, 3, 4, dtype=torch.float64, device=device), torch.zeros(2, 3, 4, dtype=torch.float64)
+        x, y = (
+            torch.randn(2, 3, 4, dtype=torch.float64, device=device),
+            torch.zeros(2, 3, 4, dtype=torch.float64),
+        )
         x[:, 1] = 0
         inputs = [x, y.to(device)]
         actual = orders(lambda a, b: metafast.pairwise_distance(a, b, metric), inputs, 3)
@@ -111,7 +114,9 @@ class TestReference:
             assert gradient.isfinite().all()
         assert_same(actual, orders(lambda a, b: reference.pairwise_distance(a, b, metric), inputs, 3))
 
-    @pytest.mark.parametrize("case", [c for c in CASES if "label" in "".join(c.inputs) and "soft" not in c.name], ids=str)
+    @pytest.mark.parametrize(
+        "case", [c for c in CASES if "label" in "".join(c.inputs) and "soft" not in c.name], ids=str
+    )
     def test_missing_class(self, case: Case, device: torch.device) -> None:
         """Classes without a row, up to order 3; the weighted sum leaves the constant -inf logits out."""
         inputs = case.make((2,), {"n": 4, "m": 3, "d": 3, "C": 3}, device=device)
@@ -126,7 +131,10 @@ class TestReference:
 
             return of
 
-        results = [orders(finite(case.closed(f, inputs, 3)), case.floats(inputs), 3) for f in (case.function, case.reference)]
+        results = [
+            orders(finite(case.closed(f, inputs, 3)), case.floats(inputs), 3)
+            for f in (case.function, case.reference)
+        ]
         assert_same(*results)
 
     @each_case
@@ -146,7 +154,10 @@ class TestMaml:
         """One inner step of a linear embedding, and the outer gradient by central differences."""
         double = {"dtype": torch.float64, "device": device}
         support, query = torch.randn(2, 4, 5, **double), torch.randn(2, 6, 5, **double)
-        labels = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]], device=device), shuffled_labels((2, 6), 2).to(device)
+        labels = (
+            torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]], device=device),
+            shuffled_labels((2, 6), 2).to(device),
+        )
         weight = torch.randn(5, 3, **double)
 
         def outer(weight: Tensor, rate: Tensor) -> Tensor:
@@ -165,7 +176,12 @@ class TestMaml:
         to_weight, to_rate = torch.autograd.grad(outer(leaf, rate), (leaf, rate))
         eps = 1e-6
         for k in range(weight.numel()):
-            step = torch.zeros_like(weight).view(-1).index_fill(0, torch.tensor(k, device=device), eps).view_as(weight)
+            step = (
+                torch.zeros_like(weight)
+                .view(-1)
+                .index_fill(0, torch.tensor(k, device=device), eps)
+                .view_as(weight)
+            )
             ahead, behind = ((weight + s * step).requires_grad_() for s in (1, -1))
             expected = (outer(ahead, rate) - outer(behind, rate)) / (2 * eps)
             torch.testing.assert_close(to_weight.view(-1)[k], expected.detach(), rtol=1e-6, atol=1e-8)
@@ -205,7 +221,9 @@ class TestAutograd:
         leaves = case.floats(inputs)
         out = case.function(*inputs, C)
         upstream = cotangents(out)
-        apart = [torch.autograd.grad(o, leaves, u, create_graph=True) for o, u in zip(out, upstream, strict=True)]
+        apart = [
+            torch.autograd.grad(o, leaves, u, create_graph=True) for o, u in zip(out, upstream, strict=True)
+        ]
         together = torch.autograd.grad(out, leaves, upstream, create_graph=True)
         assert_same([a + b for a, b in zip(*apart, strict=True)], together)
         second = [torch.autograd.grad(weighted_sum(g), leaves, retain_graph=True) for g in (*apart, together)]
@@ -249,7 +267,10 @@ class TestAutograd:
         leaf = (torch.rand(2, 3, 3, dtype=torch.float64, device=device) + 0.5).requires_grad_()
         results = []
         for f in (case.function, case.reference):
-            values = [leaf if shape == (2, 3, 3) else t for shape, t in zip(shapes, case.floats(inputs), strict=True)]
+            values = [
+                leaf if shape == (2, 3, 3) else t
+                for shape, t in zip(shapes, case.floats(inputs), strict=True)
+            ]
             total = weighted_sum(outputs(case.closed(f, inputs, 3)(*values)))
             (first,) = torch.autograd.grad(total, leaf, create_graph=True)
             (second,) = torch.autograd.grad(weighted_sum([first]) + 0 * leaf.sum(), leaf)

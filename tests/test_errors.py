@@ -1,4 +1,4 @@
-"""One wrong call for each check, with its message; and what a wrong call must not do: touch memory, or change a result."""
+"""One wrong call for each check, with its message; a wrong call touches no memory and changes no result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "y: expected the dtype of x, torch.float32, got torch.float64",
     ),
-    "distance devices": (lambda: distance(y=Y.to("meta")), ValueError, "y: expected the device of x, cpu, got meta"),
+    "distance devices": (
+        lambda: distance(y=Y.to("meta")),
+        ValueError,
+        "y: expected the device of x, cpu, got meta",
+    ),
     "distance x 1-d": (lambda: distance(X[0, 0]), ValueError, "x: expected shape [..., n, d], got [4]"),
     "distance y 0-d": (lambda: distance(y=Y[0, 0, 0]), ValueError, "y: expected shape [..., m, d], got []"),
     "distance features": (
@@ -92,7 +96,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "cdist x1 list": (lambda: metafast.cdist([1.0], Y), TypeError, "x1: expected a tensor, got list"),
     "cdist x2 list": (lambda: metafast.cdist(X, [1.0]), TypeError, "x2: expected a tensor, got list"),
-    "cdist mode": (lambda: metafast.cdist(X, Y, compute_mode="fast"), ValueError, "compute_mode: expected one of"),
+    "cdist mode": (
+        lambda: metafast.cdist(X, Y, compute_mode="fast"),
+        ValueError,
+        "compute_mode: expected one of",
+    ),
     "cdist mode of other p": (
         lambda: metafast.cdist(X, Y, 3.0, compute_mode=None),
         ValueError,
@@ -100,7 +108,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "means features": (lambda: means(None), TypeError, "features: expected a tensor, got NoneType"),
     "means features int": (lambda: means(X.int()), TypeError, f"features: {FLOATS} torch.int32"),
-    "means features 1-d": (lambda: means(X[0, 0]), ValueError, "features: expected shape [..., n, d], got [4]"),
+    "means features 1-d": (
+        lambda: means(X[0, 0]),
+        ValueError,
+        "features: expected shape [..., n, d], got [4]",
+    ),
     "means labels list": (lambda: means(labels=[0, 1]), TypeError, "labels: expected a tensor, got list"),
     "means labels int32": (
         lambda: means(labels=SUPPORT_LABELS.int()),
@@ -157,8 +169,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "leading dimensions: expected shapes that broadcast, but features has [2], labels has [3]",
     ),
-    "means classes bool": (lambda: means(num_classes=True), TypeError, "num_classes: expected an int, got bool"),
-    "means classes float": (lambda: means(num_classes=3.0), TypeError, "num_classes: expected an int, got float"),
+    "means classes bool": (
+        lambda: means(num_classes=True),
+        TypeError,
+        "num_classes: expected an int, got bool",
+    ),
+    "means classes float": (
+        lambda: means(num_classes=3.0),
+        TypeError,
+        "num_classes: expected an int, got float",
+    ),
     "means classes negative": (
         lambda: means(num_classes=-1),
         ValueError,
@@ -221,7 +241,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "support_labels: expected the device of support, cpu, got meta",
     ),
-    "loss query labels": (lambda: loss(query_labels=0), TypeError, "query_labels: expected a tensor, got int"),
+    "loss query labels": (
+        lambda: loss(query_labels=0),
+        TypeError,
+        "query_labels: expected a tensor, got int",
+    ),
     "loss query labels int32": (
         lambda: loss(query_labels=QUERY_LABELS.int()),
         TypeError,
@@ -242,7 +266,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "query_labels: expected the device of support, cpu, got meta",
     ),
-    "loss classes bool": (lambda: loss(num_classes=False), TypeError, "num_classes: expected an int, got bool"),
+    "loss classes bool": (
+        lambda: loss(num_classes=False),
+        TypeError,
+        "num_classes: expected an int, got bool",
+    ),
     "loss classes tensor": (
         lambda: loss(num_classes=torch.tensor(3)),
         TypeError,
@@ -304,7 +332,9 @@ class TestEveryMetricOfTheLoss:
 
     @pytest.mark.parametrize("label", [3, -1, 2**62, -(2**63)])
     def test_query_label(self, metric: str, label: int) -> None:
-        with pytest.raises(ValueError, match=re.escape(f"query_labels: expected class numbers from 0 to 2, got {label}")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"query_labels: expected class numbers from 0 to 2, got {label}")
+        ):
             loss(query_labels=with_label(QUERY_LABELS, label), metric=metric)
 
     @pytest.mark.parametrize("label", [3, -1, 2**62, -(2**63)])
@@ -376,7 +406,14 @@ LOSS, LOGITS, MEANS = torch.zeros(2), torch.zeros(2, 3, 3), torch.zeros(2, 3, 4)
 
 
 def loss_op(support: Any = X, labels: Any = SUPPORT_LABELS, query: Any = Y, **changed: Any) -> Any:
-    rest = {"query_labels": QUERY_LABELS, "temperature": None, "scale": 1.0, "num_classes": 3, "metric": 0, **changed}
+    rest = {
+        "query_labels": QUERY_LABELS,
+        "temperature": None,
+        "scale": 1.0,
+        "num_classes": 3,
+        "metric": 0,
+        **changed,
+    }
     return OPS.prototypical_loss(support, labels, query, *rest.values())
 
 
@@ -403,9 +440,15 @@ DIRECT: dict[str, tuple[Callable[[], Any], str]] = {
     "x 2-d": (lambda: OPS.pairwise_distance(X[0], Y[0], 0), "x: expected shape [T, n, d], got [5, 4]"),
     "y 2-d": (lambda: OPS.pairwise_distance(X, Y[0], 0), "y: expected shape [T, m, d], got [3, 4]"),
     "y tasks": (lambda: OPS.pairwise_distance(X, Y[:1], 0), "y: expected shape [2, 3, 4], got [1, 3, 4]"),
-    "y features": (lambda: OPS.pairwise_distance(X, Y[..., 1:], 0), "y: expected shape [2, 3, 4], got [2, 3, 3]"),
+    "y features": (
+        lambda: OPS.pairwise_distance(X, Y[..., 1:], 0),
+        "y: expected shape [2, 3, 4], got [2, 3, 3]",
+    ),
     "y dtype": (lambda: OPS.pairwise_distance(X, Y.double(), 0), "y: expected Float, got Double"),
-    "x int": (lambda: OPS.pairwise_distance(X.int(), Y.int(), 0), "x: expected float32, float64, bfloat16 or float16"),
+    "x int": (
+        lambda: OPS.pairwise_distance(X.int(), Y.int(), 0),
+        "x: expected float32, float64, bfloat16 or float16",
+    ),
     "metric high": (lambda: OPS.pairwise_distance(X, Y, 4), "metric: expected 0 to 3, got 4"),
     "metric low": (lambda: OPS.pairwise_distance(X, Y, -1), "metric: expected 0 to 3, got -1"),
     "vjp grad": (
@@ -416,7 +459,10 @@ DIRECT: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: OPS.pairwise_distance_vjp(torch.zeros(2, 5, 3).half(), X, Y, 0),
         "grad: expected Float, got Half",
     ),
-    "vjp metric": (lambda: OPS.pairwise_distance_vjp(torch.zeros(2, 5, 3), X, Y, 9), "metric: expected 0 to 3, got 9"),
+    "vjp metric": (
+        lambda: OPS.pairwise_distance_vjp(torch.zeros(2, 5, 3), X, Y, 9),
+        "metric: expected 0 to 3, got 9",
+    ),
     "jvp tangent of x": (
         lambda: OPS.pairwise_distance_jvp(X, Y, Y, Y, 0),
         "tangent_x: expected shape [2, 5, 4], got [2, 3, 4]",
@@ -438,11 +484,20 @@ DIRECT: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: OPS.prototypes(X.int(), SUPPORT_LABELS, 3),
         "features: expected float32, float64, bfloat16 or float16",
     ),
-    "labels 1-d": (lambda: OPS.prototypes(X, SUPPORT_LABELS[0], 3), "labels: expected shape [T, rows], got [5]"),
+    "labels 1-d": (
+        lambda: OPS.prototypes(X, SUPPORT_LABELS[0], 3),
+        "labels: expected shape [T, rows], got [5]",
+    ),
     "labels rows": (lambda: OPS.prototypes(X, QUERY_LABELS, 3), "labels: expected shape [2, 5], got [2, 3]"),
     "labels dtype": (lambda: OPS.prototypes(X, SUPPORT_LABELS.int(), 3), "labels: expected Long, got Int"),
-    "classes": (lambda: OPS.prototypes(X, SUPPORT_LABELS, -2), "num_classes: expected a number of classes, got -2"),
-    "label": (lambda: OPS.prototypes(X, SUPPORT_LABELS, 2), "labels: expected class numbers from 0 to 1, got 2"),
+    "classes": (
+        lambda: OPS.prototypes(X, SUPPORT_LABELS, -2),
+        "num_classes: expected a number of classes, got -2",
+    ),
+    "label": (
+        lambda: OPS.prototypes(X, SUPPORT_LABELS, 2),
+        "labels: expected class numbers from 0 to 1, got 2",
+    ),
     "means vjp grad": (
         lambda: OPS.prototypes_vjp(MEANS[0], SUPPORT_LABELS),
         "grad: expected shape [T, C, d], got [3, 4]",
@@ -462,7 +517,10 @@ DIRECT: dict[str, tuple[Callable[[], Any], str]] = {
     "loss half": (lambda: loss_op(X.half(), query=Y.half()), "query: expected float32 or float64"),
     "loss support": (lambda: loss_op(X[0]), "support: expected shape [T, rows, d], got [5, 4]"),
     "loss query": (lambda: loss_op(query=Y[0]), "query: expected shape [T, rows, d], got [3, 4]"),
-    "loss query features": (lambda: loss_op(query=Y[..., :2]), "query: expected shape [2, 3, 4], got [2, 3, 2]"),
+    "loss query features": (
+        lambda: loss_op(query=Y[..., :2]),
+        "query: expected shape [2, 3, 4], got [2, 3, 2]",
+    ),
     "loss query dtype": (lambda: loss_op(query=Y.double()), "query: expected Float, got Double"),
     "loss support labels": (
         lambda: loss_op(labels=QUERY_LABELS),
@@ -476,8 +534,14 @@ DIRECT: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: loss_op(query_labels=QUERY_LABELS.short()),
         "query_labels: expected Long, got Short",
     ),
-    "loss temperature": (lambda: loss_op(temperature=torch.ones(3)), "temperature: expected shape [2], got [3]"),
-    "loss temperature 0-d": (lambda: loss_op(temperature=torch.ones(())), "temperature: expected shape [2], got []"),
+    "loss temperature": (
+        lambda: loss_op(temperature=torch.ones(3)),
+        "temperature: expected shape [2], got [3]",
+    ),
+    "loss temperature 0-d": (
+        lambda: loss_op(temperature=torch.ones(())),
+        "temperature: expected shape [2], got []",
+    ),
     "loss temperature dtype": (
         lambda: loss_op(temperature=torch.ones(2).double()),
         "temperature: expected Float, got Double",
@@ -492,7 +556,10 @@ DIRECT: dict[str, tuple[Callable[[], Any], str]] = {
         "query_labels: expected class numbers from 0 to 2, got -7",
     ),
     "loss metric": (lambda: loss_op(metric=4), "metric: expected 0 to 3, got 4"),
-    "loss vjp logits 2-d": (lambda: loss_vjp(logits=LOGITS[0]), "logits: expected shape [T, m, C], got [3, 3]"),
+    "loss vjp logits 2-d": (
+        lambda: loss_vjp(logits=LOGITS[0]),
+        "logits: expected shape [T, m, C], got [3, 3]",
+    ),
     "loss vjp logits rows": (
         lambda: loss_vjp(logits=LOGITS[:, :2]),
         "logits: expected shape [2, 3, 3], got [2, 2, 3]",

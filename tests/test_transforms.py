@@ -42,7 +42,10 @@ def slope(f: Callable[..., Any], values: tuple[Tensor, ...]) -> Callable[..., Te
 
 def forward_over_reverse(f: Callable[..., Any], values: tuple[Tensor, ...]) -> Any:
     with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(v.clone().requires_grad_(), t) for v, t in zip(values, tangents(values), strict=True)]
+        duals = [
+            forward_ad.make_dual(v.clone().requires_grad_(), t)
+            for v, t in zip(values, tangents(values), strict=True)
+        ]
         gradients = torch.autograd.grad(scalar(f)(*duals), duals)
         return [tuple(x.detach() for x in forward_ad.unpack_dual(g) if x is not None) for g in gradients]
 
@@ -86,7 +89,9 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any], tuple[Tensor, ...]], Any]] =
     "jvp(jvp(grad))": lambda f, v: jvp(
         lambda *x: jvp(grad(scalar(f), argnums=all_of(v)), x, tangents(v))[1], v, tangents(v)
     ),
-    "vjp(vjp)": lambda f, v: vjp(lambda *x: vjp(scalar(f), *x)[1](torch.ones_like(v[0].sum())), *v)[1](tangents(v)),
+    "vjp(vjp)": lambda f, v: vjp(lambda *x: vjp(scalar(f), *x)[1](torch.ones_like(v[0].sum())), *v)[1](
+        tangents(v)
+    ),
     "autograd(grad)": lambda f, v: outer_autograd(slope(f, v), v),
     "autograd(jvp)": lambda f, v: outer_autograd(
         lambda *x: weighted_sum([o.sin() for o in outputs(jvp(f, x, tangents(x))[1])]), v
@@ -136,8 +141,10 @@ def merge(values: tuple[Tensor, ...], index: tuple[int, ...], replaced: tuple[Te
 def test_vmap_over_everything(case: Case, name: str, device: torch.device) -> None:
     """All inputs mapped, labels too, each along another dimension."""
     inputs = case.make((3, 2), TINY, device=device)
-    inputs = [t if s.per_task else torch.rand(3, dtype=torch.float64, device=device) + 0.5
-              for t, s in zip(inputs, case.inputs.values(), strict=True)]
+    inputs = [
+        t if s.per_task else torch.rand(3, dtype=torch.float64, device=device) + 0.5
+        for t, s in zip(inputs, case.inputs.values(), strict=True)
+    ]
     dims = tuple(k % t.dim() for k, t in enumerate(inputs))
     inputs = [t.movedim(0, d) for t, d in zip(inputs, dims, strict=True)]
     for out_dims in (0, -1) if name == "value" else (0,):
@@ -174,7 +181,9 @@ def test_vmap_over_some(case: Case, name: str, lead: tuple[int, ...], device: to
 def test_vmap_of_zero_and_of_one(case: Case, size: int, lead: tuple[int, ...], device: torch.device) -> None:
     inputs = case.make((size, *lead), SMALL, device=device)
     dims = tuple(0 if s.per_task else None for s in case.inputs.values())
-    actual, expected = (vmap(lambda *v, f=f: f(*v, C), dims)(*inputs) for f in (case.function, case.reference))
+    actual, expected = (
+        vmap(lambda *v, f=f: f(*v, C), dims)(*inputs) for f in (case.function, case.reference)
+    )
     assert_same(actual, expected)
 
 
@@ -194,9 +203,13 @@ def test_nested_vmap(case: Case, device: torch.device) -> None:
             s.make((*((3,) if o else ()), *((2,) if i else ()), 2), SMALL, device=device)
             for s, i, o in zip(specs, inner, outer, strict=True)
         ]
-        dims = [tuple(0 if mapped and s.per_task else None for mapped, s in zip(level, specs, strict=True)) for level in (inner, outer)]
+        dims = [
+            tuple(0 if mapped and s.per_task else None for mapped, s in zip(level, specs, strict=True))
+            for level in (inner, outer)
+        ]
         actual, expected = (
-            vmap(vmap(lambda *v, f=f: f(*v, C), dims[0]), dims[1])(*inputs) for f in (case.function, case.reference)
+            vmap(vmap(lambda *v, f=f: f(*v, C), dims[0]), dims[1])(*inputs)
+            for f in (case.function, case.reference)
         )
         assert_same(actual, expected)
 
@@ -234,18 +247,25 @@ def test_backward_through_vmap_of_grad(case: Case, device: torch.device) -> None
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("prototypical_loss")], ids=str)
 @pytest.mark.parametrize("first_order", [False, True])
 def test_maml(case: Case, first_order: bool, device: torch.device) -> None:
-    """vmap over tasks of an inner gradient step, and the outer gradient for the shared weights, the rate and the data."""
+    """vmap over tasks of an inner gradient step; the outer gradient for shared weights, the rate and the data."""
     sizes = {"n": 4, "m": 3, "d": 5, "C": 2}
     inputs = case.make((3,), sizes, device=device)
-    weight, rate = torch.randn(5, 4, dtype=torch.float64, device=device), torch.tensor(0.1, dtype=torch.float64)
+    weight, rate = (
+        torch.randn(5, 4, dtype=torch.float64, device=device),
+        torch.tensor(0.1, dtype=torch.float64),
+    )
     dims = tuple(0 if s.per_task else None for s in case.inputs.values())
 
     def outer(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        def loss(weight: Tensor, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor, *tau: Tensor) -> Tensor:
+        def loss(
+            weight: Tensor, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor, *tau: Tensor
+        ) -> Tensor:
             value, logits = function(support @ weight, labels, query @ weight, query_labels, *tau, C)
             return value + 0.01 * logits.square().mean()
 
-        def task(weight: Tensor, rate: Tensor, support: Tensor, labels: Tensor, query: Tensor, *rest: Tensor) -> Tensor:
+        def task(
+            weight: Tensor, rate: Tensor, support: Tensor, labels: Tensor, query: Tensor, *rest: Tensor
+        ) -> Tensor:
             inner = grad(loss)(weight, support, labels, support.flip(0), labels.flip(0), *rest[1:])
             adapted = weight - rate * (inner.detach() if first_order else inner)
             return loss(adapted, support, labels, query, *rest)
@@ -254,7 +274,8 @@ def test_maml(case: Case, first_order: bool, device: torch.device) -> None:
 
     argnums = (0, 1, *(2 + k for k in case.differentiable))
     actual, expected = (
-        grad(outer(f), argnums=argnums)(weight, rate.to(device), *inputs) for f in (case.function, case.reference)
+        grad(outer(f), argnums=argnums)(weight, rate.to(device), *inputs)
+        for f in (case.function, case.reference)
     )
     assert_same(actual, expected)
     tangent = weight.cos()

@@ -16,7 +16,17 @@ from torch import Tensor
 import metafast
 from metafast import _library, reference
 from metafast.distance import METRICS
-from tests.cases import CASES, ODD, Case, assert_accurate, assert_same, gradients, in_float64, outputs, shuffled_labels
+from tests.cases import (
+    CASES,
+    ODD,
+    Case,
+    assert_accurate,
+    assert_same,
+    gradients,
+    in_float64,
+    outputs,
+    shuffled_labels,
+)
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_metric = pytest.mark.parametrize("metric", METRICS)
@@ -292,7 +302,9 @@ class TestDistance:
         actual = metafast.pairwise_distance(x, y, metric)
         special = torch.nan if math.isnan(value) or metric == "cosine" else torch.inf
         torch.testing.assert_close(actual[0, 2], torch.full_like(actual[0, 2], special), equal_nan=True)
-        torch.testing.assert_close(reference.pairwise_distance(x, y, metric)[0, 2], actual[0, 2], equal_nan=True)
+        torch.testing.assert_close(
+            reference.pairwise_distance(x, y, metric)[0, 2], actual[0, 2], equal_nan=True
+        )
         others = [0, 1, 3, 4]
         assert torch.equal(actual[0, others], clean[0, others])
         swapped = metafast.pairwise_distance(y, x, metric)
@@ -339,7 +351,10 @@ class TestDistance:
     def test_large_and_tiny_entries(self, metric: str, kernels: torch.device) -> None:
         """Far from overflow, no scale of the entries harms the accuracy."""
         for scale in (1e-12, 1e-6, 1e6, 1e12):
-            x, y = torch.randn(1, 4, 50, device=kernels) * scale, torch.randn(1, 5, 50, device=kernels) * scale
+            x, y = (
+                torch.randn(1, 4, 50, device=kernels) * scale,
+                torch.randn(1, 5, 50, device=kernels) * scale,
+            )
             actual = metafast.pairwise_distance(x, y, metric)
             exact = reference.pairwise_distance(x.double(), y.double(), metric)
             torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=0)
@@ -355,7 +370,9 @@ class TestHalf:
             means = metafast.prototypes(rows, rows.new_zeros(rows.shape[0], 1, dtype=torch.int64), 1)
             torch.testing.assert_close(means, rows, rtol=0, atol=0, equal_nan=True)
             nonzero = rows != 0
-            assert torch.equal(means.signbit()[nonzero & ~rows.isnan()], rows.signbit()[nonzero & ~rows.isnan()])
+            assert torch.equal(
+                means.signbit()[nonzero & ~rows.isnan()], rows.signbit()[nonzero & ~rows.isnan()]
+            )
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
     def test_rounding_is_to_nearest_even(self, dtype: torch.dtype, kernels: torch.device) -> None:
@@ -373,7 +390,9 @@ class TestHalf:
 
     @each_metric
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-    def test_distances_are_summed_in_float32(self, metric: str, dtype: torch.dtype, kernels: torch.device) -> None:
+    def test_distances_are_summed_in_float32(
+        self, metric: str, dtype: torch.dtype, kernels: torch.device
+    ) -> None:
         x, y = torch.randn(2, 5, 700).to(kernels, dtype), torch.randn(2, 6, 700).to(kernels, dtype)
         actual = metafast.pairwise_distance(x, y, metric)
         assert torch.equal(actual, metafast.pairwise_distance(x.float(), y.float(), metric).to(dtype))
@@ -425,7 +444,10 @@ class TestPrototypes:
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_not_finite_stays_in_its_class(self, value: float, kernels: torch.device) -> None:
-        features, labels = torch.randn(1, 6, 19, device=kernels), torch.tensor([[0, 1, 2, 2, 1, 0]], device=kernels)
+        features, labels = (
+            torch.randn(1, 6, 19, device=kernels),
+            torch.tensor([[0, 1, 2, 2, 1, 0]], device=kernels),
+        )
         clean = metafast.prototypes(features, labels, 4)
         features[0, 3, 5] = value
         means = metafast.prototypes(features, labels, 4)
@@ -449,9 +471,7 @@ class TestLoss:
     @each_metric
     @pytest.mark.parametrize("which", ["others", "own", "all"])
     @pytest.mark.parametrize("output", ["loss", "logits", "both"])
-    def test_class_without_support(
-        self, metric: str, which: str, output: str, kernels: torch.device
-    ) -> None:
+    def test_class_without_support(self, metric: str, which: str, output: str, kernels: torch.device) -> None:
         """Its logit is -inf; gradients are those of the reference, also where the loss is infinite."""
         rows = 0 if which == "all" else 4
         support_labels = torch.tensor([[2, 0, 2, 0], [0, 2, 2, 2]], device=kernels)[:, :rows]
@@ -480,7 +500,10 @@ class TestLoss:
     @pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-3, 100.0])
     def test_any_temperature(self, metric: str, temperature: float, kernels: torch.device) -> None:
         support, query = torch.randn(2, 4, 13, device=kernels), torch.randn(2, 5, 13, device=kernels)
-        labels = torch.tensor([[0, 1, 2, 2], [1, 0, 2, 0]], device=kernels), shuffled_labels((2, 5), 3).to(kernels)
+        labels = (
+            torch.tensor([[0, 1, 2, 2], [1, 0, 2, 0]], device=kernels),
+            shuffled_labels((2, 5), 3).to(kernels),
+        )
         args = (support, labels[0], query, labels[1], 3, metric, temperature)
         exact = reference.prototypical_loss(*in_float64(args[:4]), *args[4:])  # type: ignore[arg-type]
         for a, e in zip(metafast.prototypical_loss(*args), exact, strict=True):
@@ -490,13 +513,18 @@ class TestLoss:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
     def test_exponentials(self, spread: float, dtype: torch.dtype, kernels: torch.device) -> None:
         """Logits that differ by anything from 1e-4 to far past the range of exp: the gradient is softmax - one-hot."""
-        support, query = torch.zeros(1, 40, 1, dtype=dtype, device=kernels), torch.zeros(1, 40, 1, dtype=dtype, device=kernels)
+        support, query = (
+            torch.zeros(1, 40, 1, dtype=dtype, device=kernels),
+            torch.zeros(1, 40, 1, dtype=dtype, device=kernels),
+        )
         support[0, :, 0] = torch.linspace(0, 1, 40, dtype=dtype, device=kernels) * math.sqrt(spread)
         labels = torch.arange(40, device=kernels)[None]
         args = (support, labels, query, labels, 40)
         loss, logits = metafast.prototypical_loss(*args)
         exact = -logits.double().log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean(-1)
-        torch.testing.assert_close(loss.double(), exact, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+        torch.testing.assert_close(
+            loss.double(), exact, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0
+        )
         query.requires_grad_()
         support.requires_grad_()
         # The class means are the support rows, so d loss / d support_c = -2 sum_i (s_c - q_i) (p_ic - [i = c]) / m.
@@ -524,7 +552,15 @@ class TestLoss:
         }
         labels = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]], device=kernels)
         inputs[where].view(2, -1)[0, -1] = value
-        arguments = inputs["support"], labels, inputs["query"], labels[:, :3], 2, metric, inputs["temperature"]
+        arguments = (
+            inputs["support"],
+            labels,
+            inputs["query"],
+            labels[:, :3],
+            2,
+            metric,
+            inputs["temperature"],
+        )
         loss, logits = metafast.prototypical_loss(*arguments)
         assert not loss[0].isfinite() and loss[1].isfinite()
         assert logits[1].isfinite().all()
@@ -538,7 +574,10 @@ class TestLoss:
     def test_many_query_rows(self, device: torch.device) -> None:
         """The mean over the rows of a long query set stays accurate."""
         support, query = torch.randn(1, 4, 2, device=device), torch.randn(1, 100_000, 2, device=device)
-        labels = torch.tensor([[0, 1, 1, 0]], device=device), torch.zeros(1, 100_000, dtype=torch.int64, device=device)
+        labels = (
+            torch.tensor([[0, 1, 1, 0]], device=device),
+            torch.zeros(1, 100_000, dtype=torch.int64, device=device),
+        )
         loss, _ = metafast.prototypical_loss(support, labels[0], query, labels[1], 2)
         exact, _ = reference.prototypical_loss(support.double(), labels[0], query.double(), labels[1], 2)
         torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
@@ -561,9 +600,16 @@ class TestAutocast:
             assert torch.equal(a, e.to(dtype))
 
     @each_metric
-    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-    def test_mixed_inputs(self, metric: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
-        x, y = torch.randn(1, 5, 9, device=device).to(dtypes[0]), torch.randn(1, 4, 9, device=device).to(dtypes[1])
+    @pytest.mark.parametrize(
+        "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+    )
+    def test_mixed_inputs(
+        self, metric: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+    ) -> None:
+        x, y = (
+            torch.randn(1, 5, 9, device=device).to(dtypes[0]),
+            torch.randn(1, 4, 9, device=device).to(dtypes[1]),
+        )
         labels = torch.tensor([[0, 1, 1, 0, 1]], device=device)
         with torch.autocast(device.type, torch.bfloat16):
             distance = metafast.pairwise_distance(x, y, metric)
@@ -602,7 +648,9 @@ class TestAutocast:
     @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
     def test_prototypes_keep_their_dtype(self, dtype: torch.dtype, soft: bool, device: torch.device) -> None:
         features = torch.randn(2, 6, 9, device=device).to(dtype).requires_grad_()
-        labels = torch.rand(2, 6, 3, device=device).to(dtype) if soft else shuffled_labels((2, 6), 3).to(device)
+        labels = (
+            torch.rand(2, 6, 3, device=device).to(dtype) if soft else shuffled_labels((2, 6), 3).to(device)
+        )
         with torch.autocast(device.type, torch.bfloat16):
             means = metafast.prototypes(features, labels, 3)
         assert means.dtype == dtype
@@ -642,7 +690,8 @@ class TestCdist:
 
     @pytest.mark.parametrize("p", [0, 0.5, 1, 1.0, 2, 2.0, 3.0, math.inf])
     @pytest.mark.parametrize(
-        "mode", ["use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"]
+        "mode",
+        ["use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"],
     )
     def test_results_are_torchs(self, p: float, mode: str) -> None:
         x, y = torch.randn(2, 30, 7, dtype=torch.float64), torch.randn(2, 28, 7, dtype=torch.float64)
@@ -650,12 +699,20 @@ class TestCdist:
         actual, expected = metafast.cdist(x, y, p, mode), torch.cdist(x, y, p, mode)
         assert_same(actual.detach(), expected.detach())
         if p > 0:
-            assert_same(torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+            assert_same(
+                torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+            )
 
     @pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
     @pytest.mark.parametrize(
         "shapes",
-        [((3, 4), (5, 4)), ((2, 1, 3, 4), (6, 5, 4)), ((0, 4), (5, 4)), ((2, 3, 0), (2, 5, 0)), ((0, 3, 4), (0, 5, 4))],
+        [
+            ((3, 4), (5, 4)),
+            ((2, 1, 3, 4), (6, 5, 4)),
+            ((0, 4), (5, 4)),
+            ((2, 3, 0), (2, 5, 0)),
+            ((0, 3, 4), (0, 5, 4)),
+        ],
         ids=str,
     )
     def test_shapes_are_torchs(self, p: float, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
