@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -207,17 +208,26 @@ def _loss_parts(
     support: Tensor,
     support_labels: Tensor,
     query: Tensor,
+    query_labels: Tensor,
     temperature: Tensor | None,
     scale: float,
     num_classes: int,
     metric: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Class means, distances, presence of the classes, and the softmax of the logits, from differentiable operators."""
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor], Tensor]:
+    """Class means, distances, and the softmax of the logits, from differentiable operators.
+
+    The third result masks what belongs to the logits: 0 for an absent class, NaN for a task with a bad label.
+    """
     means = MEANS(support, support_labels, num_classes)
     distance = DISTANCE(query, means, metric)
     present = reference.one_hot(support_labels, num_classes).any(-2, keepdim=True)
+    bad = sum(reference.nan_where_invalid(y, num_classes, distance) for y in (support_labels, query_labels))
+
+    def mask(value: Tensor) -> Tensor:
+        return torch.where(present, value, 0.0) + bad
+
     logits = torch.where(present, -_scaled(temperature, scale) * distance, -torch.inf)
-    return means, distance, present, logits.softmax(-1)
+    return means, distance, mask, logits.softmax(-1)
 
 
 def _loss_vjp(need: Any, grads: Any, *saved: Any) -> Any:
@@ -248,15 +258,15 @@ def _loss_jvp(
     num_classes: int,
     metric: int,
 ) -> Any:
-    means, distance, present, probability = _loss_parts(
-        support, support_labels, query, temperature, scale, num_classes, metric
+    means, distance, mask, probability = _loss_parts(
+        support, support_labels, query, query_labels, temperature, scale, num_classes, metric
     )
     means_tangent = MEANS(tangents[0], support_labels, num_classes)
     along = -_scaled(temperature, scale) * DISTANCE_JVP(query, means, tangents[2], means_tangent, metric)
     if temperature is not None:
         along = along - _scaled(tangents[4], scale) * distance
-    along = torch.where(present, along, 0.0)
-    own = along.gather(-1, query_labels.unsqueeze(-1)).squeeze(-1)
+    along = mask(along)
+    own = torch.where(reference.one_hot(query_labels, num_classes), along, 0.0).sum(-1)
     return ((probability * along).sum(-1) - own).mean(-1), along, means_tangent
 
 
@@ -286,10 +296,10 @@ def _plain_loss_vjp(
     metric: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What LOSS_VJP computes, from the parts."""
-    means, distance, present, probability = _loss_parts(
-        support, support_labels, query, temperature, scale, means.shape[1], metric
+    means, distance, mask, probability = _loss_parts(
+        support, support_labels, query, query_labels, temperature, scale, means.shape[1], metric
     )
-    upstream = torch.where(present, _loss_upstream(grad_loss, grad_logits, probability, query_labels), 0.0)
+    upstream = mask(_loss_upstream(grad_loss, grad_logits, probability, query_labels))
     to_query, to_means = DISTANCE_VJP(-_scaled(temperature, scale) * upstream, query, means, metric)
     if grad_means is not None:
         to_means = to_means + grad_means
@@ -320,24 +330,24 @@ def _loss_vjp_tangent(
     """
     to_loss, to_logits, to_grad_means, to_support, _, to_query, _, to_temperature = tangents[:8]
     num_classes = means.shape[1]
-    means, distance, present, probability = _loss_parts(
-        support, support_labels, query, temperature, scale, num_classes, metric
+    means, distance, mask, probability = _loss_parts(
+        support, support_labels, query, query_labels, temperature, scale, num_classes, metric
     )
     tau = _scaled(temperature, scale)
-    upstream = torch.where(present, _loss_upstream(grad_loss, grad_logits, probability, query_labels), 0.0)
+    upstream = mask(_loss_upstream(grad_loss, grad_logits, probability, query_labels))
     to_means = MEANS(to_support, support_labels, num_classes)
     moved = DISTANCE_JVP(query, means, to_query, to_means, metric)
     along = -tau * moved
     if temperature is not None:
         along = along - _scaled(to_temperature, scale) * distance
-    along = torch.where(present, along, 0.0)
+    along = mask(along)
     change = torch.zeros_like(distance)
     if to_loss is not None or to_logits is not None:
         change = _loss_upstream(to_loss, to_logits, probability, query_labels)
     if grad_loss is not None:
         turned = probability * (along - (probability * along).sum(-1, keepdim=True))
         change = change + grad_loss[:, None, None] / query.shape[1] * turned
-    change = torch.where(present, change, 0.0)
+    change = mask(change)
     weight_change = -tau * change
     if temperature is not None:
         weight_change = weight_change - _scaled(to_temperature, scale) * upstream

@@ -87,7 +87,7 @@ def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
 
 
-def _nan_where_invalid(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
+def nan_where_invalid(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
     """0, or NaN for a task with a class number outside 0 to C - 1: ``[..., 1, 1]``."""
     valid = ((labels >= 0) & (labels < num_classes)).all(-1)
     return torch.where(valid, 0.0, torch.nan).to(like.dtype)[..., None, None]
@@ -99,21 +99,26 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     ``labels`` holds class numbers ``[..., n]`` or weights ``[..., n, C]``. A class number outside 0 to C - 1
     makes the prototypes of its task NaN.
     """
-    if not labels.is_floating_point():
-        labels = one_hot(labels, num_classes).to(features.dtype) + _nan_where_invalid(
-            labels, num_classes, features
-        )
-    weight = labels.sum(-2)
+    if labels.is_floating_point():
+        weight, total = labels.sum(-2), labels.transpose(-1, -2) @ features
+    else:
+        member = one_hot(labels, num_classes)
+        weight = member.sum(-2).to(features.dtype)
+        # Not a product with zeros: a row that is not finite is its own class's affair.
+        total = torch.where(member.unsqueeze(-1), features.unsqueeze(-2), 0.0).sum(-3)
+        total = total + nan_where_invalid(labels, num_classes, features)
+        weight = weight + nan_where_invalid(labels, num_classes, features).squeeze(-1)
     empty = weight == 0
-    total = labels.transpose(-1, -2) @ features
     return torch.where(empty.unsqueeze(-1), 0.0, total / torch.where(empty, 1.0, weight).unsqueeze(-1))
 
 
 def prototypes_vjp(grad: Tensor, labels: Tensor) -> Tensor:
     """Gradient ``[..., n, d]`` of ``sum(grad * prototypes(features, labels, C))`` for features and class numbers."""
     num_classes = grad.shape[-2]
-    weight = one_hot(labels, num_classes).to(grad.dtype) + _nan_where_invalid(labels, num_classes, grad)
-    return weight @ (grad / weight.sum(-2).clamp(min=1).unsqueeze(-1))
+    member = one_hot(labels, num_classes)
+    share = grad / member.sum(-2).clamp(min=1).unsqueeze(-1)
+    chosen = torch.where(member.unsqueeze(-1), share.unsqueeze(-3), 0.0).sum(-2)
+    return chosen + nan_where_invalid(labels, num_classes, grad)
 
 
 def distance_loss(
@@ -127,7 +132,8 @@ def distance_loss(
         temperature = temperature[..., None, None]
     present = one_hot(support_labels, distance.shape[-1]).any(-2, keepdim=True)
     logits = torch.where(present, -temperature * distance, -torch.inf)
-    logits = logits + _nan_where_invalid(query_labels, distance.shape[-1], logits)
+    for labels in (support_labels, query_labels):
+        logits = logits + nan_where_invalid(labels, distance.shape[-1], logits)
     own = one_hot(query_labels, distance.shape[-1])
     log_probability = torch.where(own, logits.log_softmax(-1), 0.0).sum(-1)
     return -log_probability.mean(-1), logits

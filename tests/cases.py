@@ -152,8 +152,8 @@ def assert_accurate(
         if not finite.any():
             continue
         error = (a.double() - e)[finite].abs().max()
-        allowed = (p.double() - e)[finite].abs().max()
-        assert allowed.isfinite(), f"result {k}: the plain formula overflows, choose other inputs"
+        # Where the plain formula overflows in half it allows nothing.
+        allowed = largest_finite((p.double() - e)[finite])
         bound = 2 * allowed + floor * max(1.0, largest_finite(e) if e.dim() >= per_row else largest)
         assert error <= bound, (
             f"result {k}: error {error:.3e}, allowed {bound:.3e} (plain formula: {allowed:.3e})"

@@ -150,18 +150,19 @@ void distance_slopes(Rows<const S> grad, Rows<const S> x, Rows<const S> y, const
   using A = accumulate_t<S>;
   for (int64_t i = 0; i < n; ++i) x_part[i] = A(0);
   for (int64_t j = 0; j < m; ++j) y_part[j] = A(0);
-  const auto finish = [&](int64_t i, int64_t j, Pair<A> pair) {
-    const A g = static_cast<A>(grad.row(t, i)[j]);
-    const Slope<A> slope = M::slope(pair);
-    weight[i * m + j] = g * slope.w;
-    x_part[i] += g * slope.x_part;
-    y_part[j] += g * slope.y_part;
-  };
   if constexpr (M::kSlopeOfSum) {
-    for_each_pair<S, M>(x, y, x_squares, y_squares, t, 0, n, m, d, finish);
+    for_each_pair<S, M>(x, y, x_squares, y_squares, t, 0, n, m, d, [&](int64_t i, int64_t j, Pair<A> pair) {
+      const A g = static_cast<A>(grad.row(t, i)[j]);
+      const Slope<A> slope = M::slope(pair);
+      weight[i * m + j] = g * slope.w;
+      x_part[i] += g * slope.x_part;
+      y_part[j] += g * slope.y_part;
+    });
   } else {
+    const A w = M::slope(Pair<A>{}).w;
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < m; ++j) finish(i, j, Pair<A>{});
+      const S* row = grad.row(t, i);
+      for (int64_t j = 0; j < m; ++j) weight[i * m + j] = static_cast<A>(row[j]) * w;
     }
   }
 }

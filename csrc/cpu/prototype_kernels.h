@@ -115,11 +115,15 @@ void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A
     A* row = weight + i * num_classes;
     for (int64_t c = 0; c < num_classes; ++c) row[c] = scratch[c * stride + i] * totals[i];
     row[labels[i]] -= share;
-    for (int64_t c = 0; c < num_classes; ++c) {
-      if (grad_logits != nullptr) row[c] += grad_logits->row(t, i)[c];
-      // The logit of an absent class is a constant.
-      if (!(inverse_count[c] > A(0))) row[c] = A(0);
+    if (grad_logits != nullptr) {
+      const A* extra = grad_logits->row(t, i);
+      for (int64_t c = 0; c < num_classes; ++c) row[c] += extra[c];
     }
+  }
+  for (int64_t c = 0; c < num_classes; ++c) {
+    if (inverse_count[c] > A(0)) continue;
+    // The logit of an absent class is a constant.
+    for (int64_t i = 0; i < m; ++i) weight[i * num_classes + c] = A(0);
   }
   if (temperature_grad != nullptr) {
     double total = 0;
