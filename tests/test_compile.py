@@ -28,7 +28,9 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(function: Callable[..., Any], backend: str = "aot_eager", dynamic: bool | None = None) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], backend: str = "aot_eager", dynamic: bool | None = None
+) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
 
 
@@ -39,7 +41,9 @@ class TestOpcheck:
     def check(op: torch._ops.OpOverload, *arguments: Any) -> None:
         for recorded in (False, True):
             own = [
-                a.detach().clone().requires_grad_(recorded and a.is_floating_point()) if isinstance(a, Tensor) else a
+                a.detach().clone().requires_grad_(recorded and a.is_floating_point())
+                if isinstance(a, Tensor)
+                else a
                 for a in arguments
             ]
             torch.library.opcheck(op, own)
@@ -77,7 +81,9 @@ class TestOpcheck:
         names = ("loss", "logits", "prototypes")
         for metric in range(len(METRICS)) if given == "all" else (0,):
             out = prototype.LOSS(support, labels[0], query, labels[1], tau, 0.7, C, metric)
-            upstream = [g if given in (name, "all") else None for name, g in zip(names, cotangents(out), strict=True)]
+            upstream = [
+                g if given in (name, "all") else None for name, g in zip(names, cotangents(out), strict=True)
+            ]
             rest = (support, labels[0], query, labels[1], tau, 0.7, out[1], out[2], metric)
             self.check(prototype.LOSS_VJP, *upstream, *rest)
 
@@ -151,7 +157,13 @@ def test_second_order(case: Case) -> None:
 
 
 def maml(
-    weight: Tensor, rate: Tensor, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor, metric: str
+    weight: Tensor,
+    rate: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    metric: str,
 ) -> Tensor:
     """One second-order MAML step of a linear embedding on every task."""
 
@@ -222,13 +234,20 @@ class Head(torch.nn.Module):
         self.metric = metric
         self.temperature = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
 
-    def forward(self, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor
+    ) -> tuple[Tensor, ...]:
         loss, logits = metafast.prototypical_loss(
             support, labels, query, query_labels, C, self.metric, self.temperature
         )
         means = metafast.prototypes(support, labels, C)
         soft = metafast.prototypes(query, logits.softmax(-1), C)
-        return loss, logits, metafast.pairwise_distance(query, means, self.metric), metafast.cdist(means, soft, 1.0)
+        return (
+            loss,
+            logits,
+            metafast.pairwise_distance(query, means, self.metric),
+            metafast.cdist(means, soft, 1.0),
+        )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -241,7 +260,9 @@ def test_export(metric: str, strict: bool) -> None:
     dims = {k: {d: torch.export.Dim(name, min=2) for d, name in v.items()} for k, v in rows.items()}
     program = torch.export.export(head, inputs, dynamic_shapes=dims, strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {f"metafast.{name}.default" for name in ("prototypical_loss", "prototypes", "pairwise_distance")} <= targets
+    assert {
+        f"metafast.{name}.default" for name in ("prototypical_loss", "prototypes", "pairwise_distance")
+    } <= targets
     assert_same(program.module()(*inputs), head(*inputs))
     more = torch.cat([support, support.flip(1)], 1), torch.cat([inputs[1], inputs[1].flip(1)], 1), *inputs[2:]
     assert_same(program.module()(*more), head(*more))

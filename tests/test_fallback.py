@@ -58,7 +58,9 @@ def test_every_operator_has_one() -> None:
     queries = {f"metafast::{name}" for name in ("vector_bits", "keep_pages", "build_info", "cuda_probe")}
     assert names - queries == {op._schema.name for op in OPERATORS}
     for op in OPERATORS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, "CompositeExplicitAutograd"), op
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, "CompositeExplicitAutograd"), (
+            op
+        )
 
 
 class TestInPlaceOfTheKernels:
@@ -217,7 +219,8 @@ for op, arguments in calls.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             op.redispatch(bare, *arguments)
-        print(op._schema.name, *(f"[{w.category.__name__}: {w.message}]" for w in caught if "metafast" in str(w.message)))
+        own = [f"[{w.category.__name__}: {w.message}]" for w in caught if "metafast" in str(w.message)]
+        print(op._schema.name, *own)
 """
     root = Path(metafast.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)

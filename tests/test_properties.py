@@ -27,7 +27,9 @@ def layouts(draw: st.DrawFn, dense: Tensor) -> Tensor:
     sizes = [start + step * size for size, step, start in zip(source.shape, steps, starts, strict=True)]
     memory = torch.full([sizes[k] for k in order], torch.nan if dense.is_floating_point() else -1).to(dense)
     view = memory.permute([order.index(k) for k in range(dense.dim())])
-    window = tuple(slice(start, start + step * size, step) for size, step, start in zip(source.shape, steps, starts, strict=True))
+    window = tuple(
+        slice(a, a + step * size, step) for size, step, a in zip(source.shape, steps, starts, strict=True)
+    )
     return view[window].copy_(source).expand_as(dense)
 
 
@@ -45,8 +47,8 @@ def arguments(draw: st.DrawFn, case: Case) -> tuple[list[Tensor], int]:
         own = tuple(1 if draw(st.integers(0, 3)) == 0 else size for size in kept)
         dense = spec.make(own, sizes, dtype)
         if spec.kind == "labels" and dense.numel():
-            values = st.integers(0, sizes["C"] - 1)
-            dense = torch.tensor(draw(st.lists(values, min_size=dense.numel(), max_size=dense.numel()))).view(dense.shape)
+            numbers = st.lists(st.integers(0, sizes["C"] - 1), min_size=dense.numel(), max_size=dense.numel())
+            dense = torch.tensor(draw(numbers)).view(dense.shape)
         return draw(layouts(dense)) if dense.dim() else dense
 
     return [one(spec) for spec in case.inputs.values()], sizes["C"]

@@ -7,11 +7,13 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import metafast
 from metafast import _library, reference
@@ -28,6 +30,8 @@ from tests.cases import (
     shuffled_labels,
 )
 
+# torch's own forward-mode formulas use it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_metric = pytest.mark.parametrize("metric", METRICS)
 
@@ -47,12 +51,24 @@ def assert_equal(case: Case, actual: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def results(function: Callable[..., Any], inputs: list[Tensor], C: int) -> tuple[Tensor, ...]:
+    """Values, first gradients, and tangents along fixed directions."""
+    duals, generator = list(inputs), torch.Generator().manual_seed(2)
+    with forward_ad.dual_level():
+        for k, t in enumerate(inputs):
+            if t.is_floating_point():
+                along = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+                duals[k] = forward_ad.make_dual(t.detach(), along)
+        along = [forward_ad.unpack_dual(o).tangent for o in outputs(function(*duals, C))]
+    return *gradients(function, inputs, C), *along
+
+
 def check(case: Case, inputs: list[Tensor], C: int) -> None:
-    """Values and first gradients; the bound is the plain formula's own error in the inputs' dtype."""
+    """The bound is the plain formula's own error in the inputs' dtype."""
     dtype = next(t.dtype for t in inputs if t.is_floating_point())
-    exact = gradients(case.reference, in_float64(inputs), C)
-    plain = gradients(case.reference, inputs, C)
-    assert_accurate(gradients(case.function, inputs, C), plain, exact, dtype)
+    exact = results(case.reference, in_float64(inputs), C)
+    plain = results(case.reference, inputs, C)
+    assert_accurate(results(case.function, inputs, C), plain, exact, dtype)
 
 
 @each_case
@@ -82,11 +98,12 @@ def test_every_tail(case: Case, kernels: torch.device) -> None:
         {"n": 3, "m": 2, "d": 50021, "C": 2},
         {"n": 1201, "m": 1503, "d": 3, "C": 5},
         {"n": 9, "m": 9, "d": 5, "C": 9},
+        {"T": 40, "n": 17, "m": 33, "d": 70, "C": 3},
     ],
     ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
 )
 def test_large(case: Case, sizes: dict[str, int], device: torch.device) -> None:
-    check(case, case.make((1,), sizes, torch.float32, device), sizes["C"])
+    check(case, case.make((sizes.get("T", 1),), sizes, torch.float32, device), sizes["C"])
 
 
 @each_case
@@ -191,7 +208,7 @@ def test_layouts(
     """Any strides and offset give what contiguous inputs give, bitwise where torch's own products take no part."""
     strided = [layout(t) if t.dim() else t for t in case.make((3,), ODD, dtype, kernels)]
     dense = [t.clone(memory_format=torch.contiguous_format) for t in strided]
-    for a, e in zip(gradients(case.function, strided, 3), gradients(case.function, dense, 3), strict=True):
+    for a, e in zip(results(case.function, strided, 3), results(case.function, dense, 3), strict=True):
         assert_equal(case, a, e)
 
 
@@ -210,16 +227,31 @@ def test_upstream_gradients_of_any_layout(case: Case, device: torch.device) -> N
 
 
 @each_case
-def test_same_bits_always(case: Case, threads: Callable[[int], None], kernels: torch.device) -> None:
-    """On repetition, and for any number of threads."""
+@pytest.mark.parametrize("tasks", [1, 3, 9])
+def test_same_bits_always(
+    case: Case, tasks: int, threads: Callable[[int], None], kernels: torch.device
+) -> None:
+    """On repetition, and for any number of threads, fewer than the tasks or more."""
     sizes = {"n": 37, "m": 150, "d": 515, "C": 7}
-    inputs = case.make((3,), sizes, torch.float32, kernels)
+    inputs = case.make((tasks,), sizes, torch.float32, kernels)
     threads(1)
-    expected = gradients(case.function, inputs, 7)
+    expected = results(case.function, inputs, 7)
     for count in (1, 2, 3, 2):
         threads(count)
-        for a, e in zip(gradients(case.function, inputs, 7), expected, strict=True):
+        for a, e in zip(results(case.function, inputs, 7), expected, strict=True):
             assert torch.equal(a, e)
+
+
+@each_case
+def test_calls_from_many_python_threads(case: Case, device: torch.device) -> None:
+    inputs = [case.make((2,), {"n": 9, "m": 20, "d": 65, "C": 4}, torch.float32, device) for _ in range(8)]
+    expected = [gradients(case.function, own, 4) for own in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for actual, wanted in zip(
+                pool.map(lambda own: gradients(case.function, own, 4), inputs), expected, strict=True
+            ):
+                assert all(torch.equal(a, e) for a, e in zip(actual, wanted, strict=True))
 
 
 @each_case
