@@ -18,36 +18,54 @@ namespace {
 
 using torch::stable::new_empty;
 
-// Labels [T, n] in rows, and one over the number of rows of each class (0 for none). The labels are checked.
-template <class A>
-struct Classes {
+// Class numbers [T, n] in rows, checked.
+struct Labels {
   Tensor tensor;
   const int64_t* labels;
   int64_t n;
   int64_t num_classes;
-  std::vector<A> inverse_count;
 
-  Classes(const Tensor& any, const char* name, int64_t num_classes_)
+  Labels(const Tensor& any, const char* name, int64_t num_classes_)
       : tensor(any.is_contiguous() ? any : torch::stable::contiguous(any)),
         labels(tensor.const_data_ptr<int64_t>()),
         n(any.size(1)),
-        num_classes(num_classes_),
-        inverse_count(any.size(0) * num_classes_, A(0)) {
-    const int64_t T = any.size(0);
-    for (int64_t t = 0; t < T; ++t) {
-      A* counts = inverse_count.data() + t * num_classes;
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t label = labels[t * n + i];
-        if (label < 0 || label >= num_classes) {
-          fail(name, ": expected class numbers from 0 to ", num_classes - 1, ", got ", label);
-        }
-        counts[label] += A(1);
+        num_classes(num_classes_) {
+    for (int64_t k = 0; k < any.size(0) * n; ++k) {
+      if (labels[k] < 0 || labels[k] >= num_classes) {
+        fail(name, ": expected class numbers from 0 to ", num_classes - 1, ", got ", labels[k]);
       }
-      for (int64_t c = 0; c < num_classes; ++c) counts[c] = counts[c] > A(0) ? A(1) / counts[c] : A(0);
     }
   }
 
   const int64_t* of(int64_t t) const { return labels + t * n; }
+};
+
+// The rows of each class in their order, and one over their number (0 for none).
+template <class A>
+struct Classes : Labels {
+  std::vector<A> inverse_count;  // [T, C]
+  std::vector<int64_t> order;    // [T, n]
+  std::vector<int64_t> offsets;  // [T, C + 1]
+
+  Classes(const Tensor& any, const char* name, int64_t num_classes_)
+      : Labels(any, name, num_classes_),
+        inverse_count(any.size(0) * num_classes),
+        order(any.size(0) * n),
+        offsets(any.size(0) * (num_classes + 1)) {
+    std::vector<int64_t> next(num_classes);
+    for (int64_t t = 0; t < any.size(0); ++t) {
+      int64_t* first = offsets.data() + t * (num_classes + 1);
+      for (int64_t i = 0; i < n; ++i) ++first[of(t)[i] + 1];
+      for (int64_t c = 0; c < num_classes; ++c) {
+        const int64_t count = first[c + 1];
+        inverse_count[t * num_classes + c] = count > 0 ? A(1) / static_cast<A>(count) : A(0);
+        next[c] = first[c];
+        first[c + 1] += first[c];
+      }
+      for (int64_t i = 0; i < n; ++i) order[t * n + next[of(t)[i]]++] = i;
+    }
+  }
+
   const A* inverse(int64_t t) const { return inverse_count.data() + t * num_classes; }
 };
 
@@ -66,14 +84,12 @@ void check_classes(int64_t num_classes) {
 template <class S>
 auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes, Rows<S> out, int64_t d,
                  const Chunks& chunks) {
-  using A = accumulate_t<S>;
   auto* kernel = METAFAST_KERNEL(class_means<S>);
   const int64_t n = classes.n, C = classes.num_classes;
   return Stage{chunks.count, (n + C) * chunks.size, [=, &classes, &chunks](int64_t t, int64_t chunk) {
-                 const std::unique_ptr<A[]> scratch(new A[C * chunks.size]);
                  const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-                 kernel(features, classes.of(t), classes.inverse(t), out, t, n, C, first, last, chunks.size,
-                        scratch.get());
+                 kernel(features, classes.order.data() + t * n, classes.offsets.data() + t * (C + 1),
+                        classes.inverse(t), out, t, C, first, last);
                }};
 }
 
@@ -98,7 +114,7 @@ Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_
     using S = typename decltype(dtype)::type;
     const int64_t T = features.size(0), d = features.size(2);
     const Classes<accumulate_t<S>> classes(labels, "labels", num_classes);
-    const Chunks chunks(T, d, num_classes);
+    const Chunks chunks(T, d, 1);
     parallel_stages(T, means_stage<S>(input_rows<S>(features), classes, output_rows<S>(out), d, chunks));
   });
   return out;
@@ -165,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
   Tensor loss = new_empty(query, {T}), logits = new_empty(query, {T, m, C}), means = new_empty(query, {T, C, d});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
-    const Classes<A> classes(support_labels, "support_labels", C), targets(query_labels, "query_labels", C);
+    const Classes<A> classes(support_labels, "support_labels", C);
+    const Labels targets(query_labels, "query_labels", C);
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     const std::unique_ptr<A[]> losses(new A[T * m]);
     dispatch_metric(metric, [&](auto functor) {
@@ -175,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
       const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(means);
       const auto rows_logits = output_rows<A>(logits);
       const Squares<M, A> query_squares(T, m), mean_squares(T, C);
-      const Chunks chunks(T, d, C);
+      const Chunks chunks(T, d, 1);
       const auto rows = [&](int64_t t, int64_t block) {
         const std::unique_ptr<A[]> scratch(new A[(std::min(m, kRowBlock) + 15) * (C + 2)]);
         const int64_t first = block * kRowBlock, last = std::min(first + kRowBlock, m);
@@ -222,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
   Tensor grad_temperature = new_empty(query, {temperature ? T : 0});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
-    const Classes<A> classes(support_labels, "support_labels", C), targets(query_labels, "query_labels", C);
+    const Classes<A> classes(support_labels, "support_labels", C);
+    const Labels targets(query_labels, "query_labels", C);
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(prototypes);
     const auto rows_logits = input_rows<A>(logits);

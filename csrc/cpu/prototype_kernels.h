@@ -2,27 +2,44 @@
 
 #include "cpu/distance_kernels.h"
 
-// The features begin..end of the class means; scratch [C, chunk] holds the sums. inverse_count is 0 for an empty class.
-template <class S>
-void class_means(Rows<const S> features, const int64_t* labels, const accumulate_t<S>* inverse_count, Rows<S> out,
-                 int64_t t, int64_t n, int64_t num_classes, int64_t begin, int64_t end, int64_t chunk,
-                 accumulate_t<S>* scratch) {
+// One class mean over N vectors of features from k: order names its `count` rows.
+template <class S, int N>
+METAFAST_HOST_DEVICE void mean_of_rows(Rows<const S> features, const int64_t* order, int64_t count,
+                                       accumulate_t<S> inverse_count, S* to, int64_t t, int64_t k) {
   using A = accumulate_t<S>;
   constexpr int64_t W = kWidth<A>;
-  for (int64_t k = 0; k < num_classes * chunk; ++k) scratch[k] = A(0);
-  for (int64_t i = 0; i < n; ++i) {
-    A* sums = scratch + labels[i] * chunk;
-    const S* row = features.row(t, i);
-    int64_t k = begin;
-    for (; k + W <= end; k += W) store<A>(sums + (k - begin), load<A>(sums + (k - begin)) + load<S>(row + k));
-    for (; k < end; ++k) sums[k - begin] += static_cast<A>(row[k]);
+  vector_t<A> sums[N] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    const S* row = features.row(t, order[r]) + k;
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sums[v] += load<S>(row + v * W);
   }
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) store<S>(to + v * W, sums[v] * inverse_count);
+}
+
+// The features begin..end of the class means. order lists the rows class by class, and offsets [C + 1] where each class
+// begins; inverse_count is 0 for an empty class.
+template <class S>
+void class_means(Rows<const S> features, const int64_t* order, const int64_t* offsets,
+                 const accumulate_t<S>* inverse_count, Rows<S> out, int64_t t, int64_t num_classes, int64_t begin,
+                 int64_t end) {
+  using A = accumulate_t<S>;
+  constexpr int64_t W = kWidth<A>;
   for (int64_t c = 0; c < num_classes; ++c) {
-    const A* sums = scratch + c * chunk;
+    const int64_t* rows = order + offsets[c];
+    const int64_t count = offsets[c + 1] - offsets[c];
+    const A inverse = inverse_count[c];
     S* to = out.row(t, c);
     int64_t k = begin;
-    for (; k + W <= end; k += W) store<S>(to + k, load<A>(sums + (k - begin)) * inverse_count[c]);
-    for (; k < end; ++k) to[k] = static_cast<S>(sums[k - begin] * inverse_count[c]);
+    for (; k + 8 * W <= end; k += 8 * W) mean_of_rows<S, 8>(features, rows, count, inverse, to + k, t, k);
+    for (; k + 4 * W <= end; k += 4 * W) mean_of_rows<S, 4>(features, rows, count, inverse, to + k, t, k);
+    for (; k + W <= end; k += W) mean_of_rows<S, 1>(features, rows, count, inverse, to + k, t, k);
+    for (; k < end; ++k) {
+      A sum = A(0);
+      for (int64_t r = 0; r < count; ++r) sum += static_cast<A>(features.row(t, rows[r])[k]);
+      to[k] = static_cast<S>(sum * inverse);
+    }
   }
 }
 
