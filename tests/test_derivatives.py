@@ -343,3 +343,15 @@ class TestAutograd:
         weighted_sum(outputs(case.function(*inner, C))).backward()
         for t, leaf in zip(case.floats(inner), case.floats(inputs), strict=True):
             torch.testing.assert_close(2 * t.grad, leaf.grad)
+
+
+def test_prototypes_of_the_loss_operator() -> None:
+    """The operator's third output, which the public function keeps to itself, has its derivatives too."""
+    labels, query_labels = torch.tensor([[0, 1, 1]]), torch.tensor([[1, 0]])
+
+    def run(support: Tensor, query: Tensor) -> Any:
+        return torch.ops.metafast.prototypical_loss(support, labels, query, query_labels, None, 0.7, 2, 0)
+
+    inputs = [torch.randn(1, rows, 2, dtype=torch.float64, requires_grad=True) for rows in (3, 2)]
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, inputs, check_fwd_over_rev=True)
