@@ -2,32 +2,17 @@
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "math/accumulate.h"
+#include "math/distance.h"
 
 namespace metafast {
-
-using BFloat16 = torch::headeronly::BFloat16;
-using Half = torch::headeronly::Half;
 
 template <class T>
 struct Tag {
   using type = T;
 };
-
-// What sums of T are kept in.
-template <class T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class T>
-using accumulate_t = typename Accumulate<T>::type;
 
 template <class Body>
 void dispatch_floating(ScalarType dtype, const char* name, const Body& body) {
@@ -43,6 +28,29 @@ void dispatch_floating(ScalarType dtype, const char* name, const Body& body) {
     default:
       fail(name, ": expected float32, float64, bfloat16 or float16");
   }
+}
+
+// The inner losses and inner loops take float32 and float64; the public functions promote the halves.
+template <class Body>
+void dispatch_full(ScalarType dtype, const char* name, const Body& body) {
+  if (dtype == ScalarType::Float) return body(Tag<float>{});
+  if (dtype == ScalarType::Double) return body(Tag<double>{});
+  fail(name, ": expected float32 or float64");
+}
+
+template <class Body>
+void dispatch_metric(int64_t metric, const Body& body) {
+  switch (static_cast<Metric>(metric)) {
+    case Metric::sqeuclidean:
+      return body(Tag<SqEuclidean>{});
+    case Metric::euclidean:
+      return body(Tag<Euclidean>{});
+    case Metric::cityblock:
+      return body(Tag<Cityblock>{});
+    case Metric::cosine:
+      return body(Tag<Cosine>{});
+  }
+  fail("metric: expected 0 to 3, got ", metric);
 }
 
 }  // namespace metafast

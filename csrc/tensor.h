@@ -5,18 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "math/rows.h"
 
 namespace metafast {
-
-// A batch of matrices [T, rows, columns] whose rows are contiguous; batches and rows may have any stride.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t batch_stride;
-  int64_t row_stride;
-
-  T* row(int64_t batch, int64_t index) const { return data + batch * batch_stride + index * row_stride; }
-};
 
 inline Tensor contiguous_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

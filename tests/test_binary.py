@@ -20,11 +20,7 @@ FLOOR = (2, 11)
 #: What an empty module needs of the stable ABI of Python 3.10; extend it only by functions in that ABI.
 PYTHON = {"PyModule_Create2"}
 #: In libtorch_cuda only: weak, so that the library loads in a CPU-only torch too.
-CUDA_ONLY = {
-    "aoti_torch_get_current_cuda_stream",
-    "torch_c10_cuda_check_msg",
-    "torch_c10_cuda_free_error_msg",
-}
+CUDA_ONLY = {"aoti_torch_get_current_cuda_stream"}
 WEAK = 2
 
 
@@ -118,7 +114,7 @@ def test_the_headers_tell_the_versions() -> None:
         # From torch 2.12; the headers of 2.11 do not know it at all.
         (Symbol("torch_tag_core"), "newer than torch 2.11|not in torch's stable shim"),
         (Symbol("aoti_torch_invented"), "not in torch's stable shim"),
-        (Symbol("torch_c10_cuda_check_msg"), "has to be weak"),
+        (Symbol("aoti_torch_get_current_cuda_stream"), "has to be weak"),
         (Symbol("_ZN3c106detail14torchCheckFailEPKcS2_jRKSs"), r"a C\+\+ symbol of torch"),
         (Symbol("_ZNK2at6Tensor3addERKS0_"), r"a C\+\+ symbol of torch"),
         (Symbol("_ZN5torch7Library4_defE"), r"a C\+\+ symbol of torch"),

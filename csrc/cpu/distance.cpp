@@ -7,6 +7,8 @@
 #include <memory>
 #include <tuple>
 
+#include "arguments.h"
+
 #define METAFAST_KERNELS "cpu/distance_kernels.h"
 #include "cpu/for_each_isa.h"
 
@@ -15,17 +17,10 @@ namespace {
 
 using torch::stable::new_empty;
 
-void check_pair(const Tensor& x, const Tensor& y) {
-  check_cpu(x, "x");
-  check_dim(x, "x", 3, "[T, n, d]");
-  check_like(y, "y", x, "x");
-  check_dim(y, "y", 3, "[T, m, d]");
-  check_shape(y, "y", {x.size(0), y.size(1), x.size(2)});
-}
-
 constexpr int64_t kRowBlock = 16;
 
 Tensor pairwise_distance(const Tensor& x_any, const Tensor& y_any, int64_t metric) {
+  check_cpu(x_any, "x");
   check_pair(x_any, y_any);
   const Tensor x = contiguous_rows(x_any), y = contiguous_rows(y_any);
   const int64_t T = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
@@ -52,9 +47,9 @@ Tensor pairwise_distance(const Tensor& x_any, const Tensor& y_any, int64_t metri
 
 std::tuple<Tensor, Tensor> pairwise_distance_vjp(const Tensor& grad_any, const Tensor& x_any, const Tensor& y_any,
                                                  int64_t metric) {
+  check_cpu(x_any, "x");
   check_pair(x_any, y_any);
-  check_like(grad_any, "grad", x_any, "x");
-  check_shape(grad_any, "grad", {x_any.size(0), x_any.size(1), y_any.size(1)});
+  check_pair_grad(grad_any, x_any, y_any);
   const Tensor grad = contiguous_rows(grad_any), x = contiguous_rows(x_any), y = contiguous_rows(y_any);
   const int64_t T = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
   Tensor grad_x = new_empty(x, {T, n, d}), grad_y = new_empty(y, {T, m, d});
@@ -91,14 +86,12 @@ std::tuple<Tensor, Tensor> pairwise_distance_vjp(const Tensor& grad_any, const T
 
 Tensor pairwise_distance_jvp(const Tensor& x_any, const Tensor& y_any, const Tensor& tangent_x_any,
                              const Tensor& tangent_y_any, int64_t metric) {
+  check_cpu(x_any, "x");
   check_pair(x_any, y_any);
-  check_like(tangent_x_any, "tangent_x", x_any, "x");
-  check_like(tangent_y_any, "tangent_y", x_any, "x");
+  check_pair_tangents(tangent_x_any, tangent_y_any, x_any, y_any);
   const Tensor x = contiguous_rows(x_any), y = contiguous_rows(y_any);
   const Tensor tangent_x = contiguous_rows(tangent_x_any), tangent_y = contiguous_rows(tangent_y_any);
   const int64_t T = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
-  check_shape(tangent_x, "tangent_x", {T, n, d});
-  check_shape(tangent_y, "tangent_y", {T, m, d});
   Tensor out = new_empty(x, {T, n, m});
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;

@@ -11,21 +11,6 @@
 
 namespace metafast {
 
-template <class Body>
-void dispatch_metric(int64_t metric, const Body& body) {
-  switch (static_cast<Metric>(metric)) {
-    case Metric::sqeuclidean:
-      return body(Tag<SqEuclidean>{});
-    case Metric::euclidean:
-      return body(Tag<Euclidean>{});
-    case Metric::cityblock:
-      return body(Tag<Cityblock>{});
-    case Metric::cosine:
-      return body(Tag<Cosine>{});
-  }
-  fail("metric: expected 0 to 3, got ", metric);
-}
-
 // Numbers for each row of each task.
 template <class A>
 struct PerRow {

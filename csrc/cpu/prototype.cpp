@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
+
 #define METAFAST_KERNELS "cpu/prototype_kernels.h"
 #include "cpu/for_each_isa.h"
 
@@ -69,17 +71,6 @@ struct Classes : Labels {
   const A* inverse(int64_t t) const { return inverse_count.data() + t * num_classes; }
 };
 
-void check_features(const Tensor& features, const char* name, const Tensor& labels, const char* labels_name) {
-  check_cpu(features, name);
-  check_dim(features, name, 3, "[T, rows, d]");
-  check_labels(labels, labels_name, features);
-  check_shape(labels, labels_name, {features.size(0), features.size(1)});
-}
-
-void check_classes(int64_t num_classes) {
-  if (num_classes < 0) fail("num_classes: expected a number of classes, got ", num_classes);
-}
-
 // The stage that makes the class means.
 template <class S>
 auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes, Rows<S> out, int64_t d,
@@ -106,6 +97,7 @@ auto spread_stage(Rows<const S> grad, const Classes<accumulate_t<S>>& classes, R
 }
 
 Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_classes) {
+  check_cpu(features_any, "features");
   check_features(features_any, "features", labels, "labels");
   check_classes(num_classes);
   const Tensor features = contiguous_rows(features_any);
@@ -122,9 +114,7 @@ Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_
 
 Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
   check_cpu(grad_any, "grad");
-  check_dim(grad_any, "grad", 3, "[T, C, d]");
-  check_labels(labels, "labels", grad_any);
-  check_shape(labels, "labels", {grad_any.size(0), labels.size(1)});
+  check_means_grad(grad_any, labels);
   const Tensor grad = contiguous_rows(grad_any);
   Tensor out = new_empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
   dispatch_floating(grad.scalar_type(), "grad", [&](auto dtype) {
@@ -137,14 +127,6 @@ Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
   return out;
 }
 
-// The inner losses and inner loops take float32 and float64; the public functions promote the halves.
-template <class Body>
-void dispatch_full(ScalarType dtype, const char* name, const Body& body) {
-  if (dtype == ScalarType::Float) return body(Tag<float>{});
-  if (dtype == ScalarType::Double) return body(Tag<double>{});
-  fail(name, ": expected float32 or float64");
-}
-
 template <class A>
 std::vector<A> temperatures(const std::optional<Tensor>& temperature, double scale, int64_t T) {
   std::vector<A> values(T, static_cast<A>(scale));
@@ -155,18 +137,6 @@ std::vector<A> temperatures(const std::optional<Tensor>& temperature, double sca
   return values;
 }
 
-void check_episodes(const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                    const Tensor& query_labels, const std::optional<Tensor>& temperature) {
-  check_features(support, "support", support_labels, "support_labels");
-  check_features(query, "query", query_labels, "query_labels");
-  check_like(query, "query", support, "support");
-  check_shape(query, "query", {support.size(0), query.size(1), support.size(2)});
-  if (temperature) {
-    check_like(*temperature, "temperature", support, "support");
-    check_shape(*temperature, "temperature", {support.size(0)});
-  }
-}
-
 // Query rows of one item of work: they bound the scratch memory and give the threads something to share in one task.
 constexpr int64_t kRowBlock = 128;
 
@@ -174,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
                                                      const Tensor& query_any, const Tensor& query_labels,
                                                      const std::optional<Tensor>& temperature, double scale,
                                                      int64_t num_classes, int64_t metric) {
+  check_cpu(support_any, "support");
   check_episodes(support_any, support_labels, query_any, query_labels, temperature);
   check_classes(num_classes);
   const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
@@ -220,19 +191,11 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
     const std::optional<Tensor>& grad_prototypes, const Tensor& support, const Tensor& support_labels,
     const Tensor& query_any, const Tensor& query_labels, const std::optional<Tensor>& temperature, double scale,
     const Tensor& logits_any, const Tensor& prototypes_any, int64_t metric) {
+  check_cpu(support, "support");
   check_episodes(support, support_labels, query_any, query_labels, temperature);
-  check_dim(logits_any, "logits", 3, "[T, m, C]");
+  check_upstream(grad_loss, grad_logits, grad_prototypes, query_any, logits_any, prototypes_any);
   const int64_t T = query_any.size(0), n = support.size(1), m = query_any.size(1), d = query_any.size(2);
   const int64_t C = logits_any.size(2);
-  const auto check = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-    check_like(tensor, name, query_any, "query");
-    check_shape(tensor, name, shape);
-  };
-  check(logits_any, "logits", {T, m, C});
-  check(prototypes_any, "prototypes", {T, C, d});
-  if (grad_loss) check(*grad_loss, "grad_loss", {T});
-  if (grad_logits) check(*grad_logits, "grad_logits", {T, m, C});
-  if (grad_prototypes) check(*grad_prototypes, "grad_prototypes", {T, C, d});
   const Tensor query = contiguous_rows(query_any), prototypes = contiguous_rows(prototypes_any);
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
   Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});

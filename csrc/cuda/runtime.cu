@@ -1,9 +1,9 @@
 // A kernel that does next to nothing: 'metafast doctor' launches it to see whether this build's code runs on a GPU.
-#include <torch/csrc/stable/library.h>
+#include "cuda/runtime.cuh"
+
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
-#include "cuda/runtime.cuh"
 
 namespace metafast {
 namespace {
@@ -19,16 +19,14 @@ Tensor cuda_probe(const Tensor& x) {
     fail("x: expected up to 1024 numbers, got ", shape_text(x));
   const auto guard = cuda::device_guard(x);
   Tensor out = torch::stable::new_empty(x, {x.size(0)});
-  if (x.size(0) > 0) {
-    probe_kernel<<<1, static_cast<unsigned>(x.size(0)), 0, cuda::current_stream(x)>>>(x.const_data_ptr<float>(),
-                                                                                      out.mutable_data_ptr<float>());
-    cuda::check_launch();
-  }
+  if (x.size(0) == 0) return out;
+  METAFAST_LAUNCH(probe_kernel, 1, static_cast<unsigned>(x.size(0)), 0, cuda::current_stream(x),
+                  x.const_data_ptr<float>(), out.mutable_data_ptr<float>());
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(metafast, CUDA, m) { m.impl("cuda_probe", TORCH_BOX(&cuda_probe)); }
+METAFAST_CUDA_LIBRARY(m) { m.impl("cuda_probe", TORCH_BOX(&cuda_probe)); }
 
 }  // namespace metafast

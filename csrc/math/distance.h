@@ -3,12 +3,9 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
-#if defined(__CUDACC__)
-#define METAFAST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define METAFAST_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "math/host_device.h"
 
 namespace metafast {
 
@@ -70,13 +67,21 @@ struct Euclidean : SqEuclidean {
   }
 };
 
+template <class V>
+METAFAST_HOST_DEVICE V magnitude(V value) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::fabs(value);
+  } else {
+    return value < 0 ? -value : value;
+  }
+}
+
 struct Cityblock {
   static constexpr bool kRows = false;
   static constexpr bool kSlopeOfSum = false;
   template <class V>
   static METAFAST_HOST_DEVICE void add(V& sum, V x, V y) {
-    const V difference = x - y;
-    sum += difference < 0 ? -difference : difference;
+    sum += magnitude(x - y);
   }
   template <class V>
   static METAFAST_HOST_DEVICE V step_x(V x, V y) {

@@ -1,0 +1,46 @@
+// What the registrations of all families do with their tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "check.h"
+#include "cuda/features.cuh"
+#include "cuda/runtime.cuh"
+#include "dispatch.h"
+#include "tensor.h"
+
+namespace metafast::cuda {
+
+inline void check_device(const Tensor& tensor, const char* name) {
+  if (!on_device(tensor)) fail(name, ": expected a tensor on a CUDA device");
+}
+
+template <class S>
+WideRows<const S> input_wide(const Tensor& tensor) {
+  return wide_rows(input_rows<S>(tensor));
+}
+template <class S>
+WideRows<S> output_wide(const Tensor& tensor) {
+  return wide_rows(output_rows<S>(tensor));
+}
+
+template <class A>
+constexpr ScalarType scalar_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// Memory of torch's allocator for `count` numbers of type A, freed in the order of the stream.
+template <class A>
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t count)
+      : tensor_(torch::stable::new_empty(like, {count}, scalar_type<A>)),
+        data_(count > 0 ? tensor_.template mutable_data_ptr<A>() : nullptr) {}
+  A* data() const { return data_; }
+
+ private:
+  Tensor tensor_;
+  A* data_;
+};
+
+}  // namespace metafast::cuda

@@ -1,0 +1,22 @@
+// How kernels see a batch of matrices.
+#pragma once
+
+#include <cstdint>
+
+#include "math/host_device.h"
+
+namespace metafast {
+
+// A batch of matrices [T, rows, columns] whose rows are contiguous; batches and rows may have any stride.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+
+  METAFAST_HOST_DEVICE T* row(int64_t batch, int64_t index) const {
+    return data + batch * batch_stride + index * row_stride;
+  }
+};
+
+}  // namespace metafast
