@@ -239,6 +239,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     __syncthreads();
+    // Summed by tiles, which bounds the rounding error of long sums.
+    Features<S> tile[kVjpRows] = {};
     for (int c = 0; c < kVjpColumns && first + c < m; ++c) {
       const Features<S> column = columns[c][lane_index()];
 #pragma unroll
@@ -249,10 +251,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int v = 0; v < kVector<S>; ++v) {
           const A a = rows[r].values[v], b = column.values[v];
-          result[r].values[v] += w * (side == Side::x ? M::step_x(a, b) : M::step_y(b, a));
-          if constexpr (M::kRows) result[r].values[v] += parts[row][c] * a;
+          tile[r].values[v] += w * (side == Side::x ? M::step_x(a, b) : M::step_y(b, a));
+          if constexpr (M::kRows) tile[r].values[v] += parts[row][c] * a;
         }
       }
+    }
+#pragma unroll
+    for (int r = 0; r < kVjpRows; ++r) {
+#pragma unroll
+      for (int v = 0; v < kVector<S>; ++v) result[r].values[v] += tile[r].values[v];
     }
   }
 #pragma unroll

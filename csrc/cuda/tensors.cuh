@@ -29,18 +29,17 @@ WideRows<S> output_wide(const Tensor& tensor) {
 template <class A>
 constexpr ScalarType scalar_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Memory of torch's allocator for `count` numbers of type A, freed in the order of the stream.
+// Memory of torch's allocator for `count` numbers of type A, freed in the order of the stream; null for none.
 template <class A>
 class Scratch {
  public:
-  Scratch(const Tensor& like, int64_t count)
-      : tensor_(torch::stable::new_empty(like, {count}, scalar_type<A>)),
-        data_(count > 0 ? tensor_.template mutable_data_ptr<A>() : nullptr) {}
-  A* data() const { return data_; }
+  Scratch(const Tensor& like, int64_t count) {
+    if (count > 0) tensor_ = torch::stable::new_empty(like, {count}, scalar_type<A>);
+  }
+  A* data() const { return tensor_ ? tensor_->template mutable_data_ptr<A>() : nullptr; }
 
  private:
-  Tensor tensor_;
-  A* data_;
+  std::optional<Tensor> tensor_;
 };
 
 }  // namespace metafast::cuda
