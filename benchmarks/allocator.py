@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.ratios import cpu_model, metafast_version
+from benchmarks.machine import cpu_model
+from benchmarks.ratios import metafast_version
 from metafast import Conv4, EpisodeSampler
 from metafast._library import keep_pages
 from metafast.data import glyphs

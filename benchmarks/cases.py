@@ -63,15 +63,19 @@ class Inputs:
     def differentiable(self) -> tuple[Tensor, ...]:
         return tuple(a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad)
 
-    def double(self) -> Inputs:
-        """The same inputs in float64, as leaves of their own."""
+    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """``function`` of every tensor, as leaves of their own."""
 
         def convert(argument: Any) -> Any:
-            if isinstance(argument, Tensor) and argument.is_floating_point():
-                return argument.detach().double().requires_grad_(argument.requires_grad)
-            return argument
+            if not isinstance(argument, Tensor):
+                return argument
+            return function(argument.detach()).requires_grad_(argument.requires_grad)
 
         return Inputs(tuple(map(convert, self.arguments)), convert(self.upstream))
+
+    def double(self) -> Inputs:
+        """The same inputs in float64."""
+        return self.each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: Inputs) -> Call:
@@ -96,9 +100,13 @@ class Variant:
     #: False for a yardstick that does other work on purpose.
     checked: bool = True
 
-    def call(self, inputs: Inputs, compiler: Callable[..., Any] = torch.compile) -> Call:
+    def calls(self, copies: Sequence[Inputs], compiler: Callable[..., Any] = torch.compile) -> list[Call]:
+        """The same work on each of several copies of the inputs."""
         function = compiler(self.function, fullgraph=True, dynamic=False) if self.compiled else self.function
-        return self.prepare(function, inputs)
+        return [self.prepare(function, inputs) for inputs in copies]
+
+    def call(self, inputs: Inputs, compiler: Callable[..., Any] = torch.compile) -> Call:
+        return self.calls([inputs], compiler)[0]
 
 
 @dataclass(frozen=True)
@@ -200,15 +208,17 @@ def distance_inputs(sizes: Sizes) -> Inputs:
 
 def one_hot_means(features: Tensor, labels: Tensor, ways: int) -> Tensor:
     """Class means by one bmm; weights laid out ``[T, C, n]``, divided before the product, are fastest."""
-    weight = (labels.unsqueeze(1) == torch.arange(ways).unsqueeze(-1)).to(features.dtype)
+    classes = torch.arange(ways, device=labels.device).unsqueeze(-1)
+    weight = (labels.unsqueeze(1) == classes).to(features.dtype)
     return torch.bmm(weight / weight.sum(-1, keepdim=True), features)
 
 
 def index_add_means(features: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Class means by one index_add over all tasks at once."""
+    """Class means by one index_add over all tasks at once; bincount would wait for a GPU."""
     tasks, _, d = features.shape
-    row = (labels + ways * torch.arange(tasks).unsqueeze(-1)).view(-1)
-    per_row = torch.bincount(row, minlength=tasks * ways).reciprocal().unsqueeze(-1)
+    row = (labels + ways * torch.arange(tasks, device=labels.device).unsqueeze(-1)).view(-1)
+    count = features.new_zeros(tasks * ways).index_add(0, row, features.new_ones(row.numel()))
+    per_row = count.reciprocal().unsqueeze(-1)
     total = features.new_zeros(tasks * ways, d).index_add(0, row, features.view(-1, d))
     return (total * per_row).view(tasks, ways, d)
 

@@ -13,16 +13,16 @@ SGEMM_SIZE = 1024
 SGEMM_FLOPS = 2 * SGEMM_SIZE**3
 
 
-def copy_call(traffic: int) -> Callable[[], torch.Tensor]:
+def copy_call(traffic: int, device: torch.device | str = "cpu") -> Callable[[], torch.Tensor]:
     """A copy that reads and writes ``traffic`` bytes together: it meets the caches as the case does."""
-    source = torch.zeros(max(traffic // (2 * FLOAT_BYTES), 1))
+    source = torch.zeros(max(traffic // (2 * FLOAT_BYTES), 1), device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
 
-def sgemm_call() -> Callable[[], torch.Tensor]:
-    """One product of two square float32 matrices: ``SGEMM_FLOPS`` operations."""
+def sgemm_call(size: int = SGEMM_SIZE, device: torch.device | str = "cpu") -> Callable[[], torch.Tensor]:
+    """One product of two square float32 matrices: ``2 * size**3`` operations."""
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE, generator=generator)
-    product = torch.empty(SGEMM_SIZE, SGEMM_SIZE)
+    a, b = torch.randn(2, size, size, generator=generator).to(device)
+    product = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=product)

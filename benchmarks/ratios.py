@@ -6,6 +6,7 @@ A case whose values or gradients are wrong is reported and never timed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +29,8 @@ import torch
 
 from benchmarks import ceilings
 from benchmarks.cases import OURS, TOLERANCE, Call, Case, Goal, Variant, find
+from benchmarks.machine import cpu_model
+from benchmarks.text import bound, duration, table
 
 DEFAULT_OUT = Path("benchmarks/results/cpu-2-threads.json")
 
@@ -75,12 +78,15 @@ class Clock:
         while self._sample()[0] * self.repeat < SAMPLE_SECONDS:
             self.repeat *= 2
 
+    def _run(self) -> None:
+        for _ in range(self.repeat):
+            self.call()
+
     def _sample(self) -> tuple[float, bool]:
         """Seconds of one call, and whether the sample was left in peace."""
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         start = time.perf_counter()
-        for _ in range(self.repeat):
-            self.call()
+        self._run()
         elapsed = time.perf_counter() - start
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
         return elapsed / self.repeat, switches <= elapsed / PREEMPTION_SECONDS
@@ -111,12 +117,14 @@ class Clock:
         }
 
 
-def measure(calls: dict[str, Call], budget: Budget) -> dict[str, dict[str, Any]]:
+def measure(calls: dict[str, Call], budget: Budget, kind: type[Clock] = Clock) -> dict[str, dict[str, Any]]:
     """Seconds of one call, for all calls in turn, round after round."""
-    clocks = {name: Clock(call) for name, call in calls.items()}
+    clocks = {name: kind(call) for name, call in calls.items()}
     order = list(clocks.values())
     enabled = gc.isenabled()
     gc.disable()
+    # What is there already need not be looked at in every round.
+    gc.freeze()
     try:
         for _ in range(budget.rounds):
             for clock in order:
@@ -125,6 +133,7 @@ def measure(calls: dict[str, Call], budget: Budget) -> dict[str, dict[str, Any]]
             # A variant is not to run behind the same one each time.
             order.reverse()
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
     return {name: clock.summary() for name, clock in clocks.items()}
@@ -133,11 +142,17 @@ def measure(calls: dict[str, Call], budget: Budget) -> dict[str, dict[str, Any]]
 def ready(variant: Variant, inputs: Any) -> tuple[Call, Any]:
     """The variant's call and its first result; compilation happens here."""
     call = variant.call(inputs)
+    with quiet(variant):
+        return call, call()
+
+
+@contextlib.contextmanager
+def quiet(variant: Variant) -> Iterator[None]:
+    """What the compiler warns about is not ours to repair."""
     with warnings.catch_warnings():
-        # What the compiler warns about is not ours to repair.
         if variant.compiled:
             warnings.simplefilter("ignore")
-        return call, call()
+        yield
 
 
 def decide(goal: Goal, timings: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -254,18 +269,6 @@ def run_case(case: Case, budget: Budget, quick: bool = False) -> dict[str, Any]:
     return record
 
 
-def cpu_model() -> str:
-    """The processor's model name and nothing else about the machine."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def metafast_version() -> str:
     try:
         return importlib.metadata.version("metafast")
@@ -293,27 +296,6 @@ def conditions(
         "rounds": budget.rounds,
         "quick": quick,
     }
-
-
-def duration(seconds: float) -> str:
-    """Three digits in the unit that suits."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return (
-                f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
-            )
-    return f"{seconds * 1e6:.3g} us"
-
-
-def bound(value: float | None, at_most: bool) -> str:
-    return "" if value is None else f"{'<= ' if at_most else ''}{value:g}x"
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def rates_text(found: dict[str, float]) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import OURS
-from benchmarks.ratios import DEFAULT_OUT, bound, duration, rates_text
+from benchmarks.ratios import DEFAULT_OUT, rates_text
+from benchmarks.text import bound, duration
 from metafast.training.files import write_atomically
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
