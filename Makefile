@@ -7,23 +7,26 @@ TORCH_VERSION ?= 2.13.0
 OLDEST_TORCH_VERSION ?= 2.11.0
 PIP_TORCH ?=
 ARGS ?=
+RESULTS ?=
+QUICK ?=
 NVCC ?= $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc,$(shell command -v nvcc))
 
 SHELL := /bin/bash -o pipefail
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Idle OpenMP threads that spin slow down a machine with few cores; waking them would count in a benchmark.
-demo test test-oldest: export OMP_WAIT_POLICY := PASSIVE
+demo test test-oldest sanitize coverage mutants: export OMP_WAIT_POLICY := PASSIVE
 
 BIN := .venv/bin
 INSTALL := -m pip install --quiet
 BUILD_TOOLS := numpy 'setuptools>=77' wheel ninja
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SIMT := $(shell find tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TORCH := .venv/.torch-$(TORCH_VERSION)
 BUILT := .venv/.built
 OLDEST := build/env-oldest/.torch-$(OLDEST_TORCH_VERSION)
 DEMO := runs/demo
 
-.PHONY: help demo test test-oldest lint format cuda bench wheel sdist clean
+.PHONY: help demo test test-oldest sanitize coverage mutants lint format cuda gpu-check bench wheel sdist clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -31,7 +34,10 @@ help:
 	@echo "make demo         train a small network, then compare speed with plain PyTorch (two minutes after set-up)"
 	@echo "make test         run the tests; make test-oldest: values and derivatives under torch $(OLDEST_TORCH_VERSION)"
 	@echo "make lint         ruff, mypy, clang-format; make format: let ruff and clang-format rewrite"
-	@echo "make cuda         compile the CUDA sources for sm_80 and sm_90, if there is an nvcc"
+	@echo "make cuda         compile the CUDA sources for sm_80 and sm_90, if there is an nvcc, and show what each kernel takes"
+	@echo "make sanitize     the emulated CUDA kernels under AddressSanitizer and UBSan, and under the race check"
+	@echo "make coverage     which lines of the CUDA kernels the tests reach; make mutants: do they find planted mistakes?"
+	@echo "make gpu-check    on a machine with an NVIDIA GPU, its own torch and nvcc: build, test and time there; RESULTS=dir"
 	@echo "make bench        time every operator against the strongest alternatives"
 	@echo "make wheel        build a wheel and try it in a fresh environment; make sdist: the same for the sources"
 	@echo "make clean        remove what was built, except .venv"
@@ -52,12 +58,12 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(SIMT)
 
 format: $(BUILT)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) $(SIMT)
 
 bench: $(BUILT)
 	$(BIN)/python -m benchmarks.ratios $(ARGS)
@@ -70,23 +76,43 @@ test-oldest: $(BUILT) $(OLDEST)
 	@build/env-oldest/bin/python setup.py build_ext --build-temp build/oldest --build-lib build/oldest \
 	  > build/oldest.log 2>&1 || { cat build/oldest.log; exit 1; }
 
-# setup.py's flags, and a register or shared-memory spill is an error.
+# The kernels of csrc/cuda in the emulator. The race check takes 20 times as long, so it leaves the large shapes out.
+SANITIZED := tests/test_values.py tests/test_errors.py tests/test_derivatives.py tests/test_transforms.py
+sanitize: $(BUILT)
+	$(BIN)/python -m tests.simt.sanitized $(SANITIZED)
+	METAFAST_SIMT=race $(BIN)/python -m pytest -q tests/test_values.py tests/test_errors.py -k "not test_large and not test_many"
+
+coverage: $(BUILT)
+	$(BIN)/python -m tests.simt.coverage
+
+mutants: $(BUILT)
+	$(BIN)/python -m tests.simt.mutants
+
+# setup.py's flags, and a register or shared-memory spill is an error; so is a program for the emulator's cases on a GPU
+# that does not compile.
 cuda: $(TORCH)
 ifeq ($(NVCC),)
 	@echo "*** no nvcc found: the CUDA sources were NOT compiled ***"
 else
 	@$(NVCC) --version | tail -2 | head -1
 	@mkdir -p build/cuda
-	@for source in csrc/cuda/*.cu; do \
-	  echo "nvcc $$source: sm_80, sm_90"; \
+	@includes=$$($(BIN)/python -c "from torch.utils import cpp_extension as e; print(*('-isystem=' + p for p in e.include_paths()))"); \
+	printf '%s\n' csrc/cuda/*.cu | xargs -P 2 -I SOURCE bash -c 'name=$$(basename SOURCE .cu); \
+	  echo "nvcc SOURCE: sm_80, sm_90"; \
 	  $(NVCC) -std=c++17 -O3 --Werror=all-warnings -Xcompiler=-fvisibility=hidden,-Wall --resource-usage \
-	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -Icsrc \
-	    $$($(BIN)/python -c "from torch.utils import cpp_extension as e; print(*('-isystem=' + p for p in e.include_paths()))") \
-	    -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 \
-	    -c $$source -o build/cuda/$$(basename $$source .cu).o > build/cuda/log 2>&1 || { cat build/cuda/log; exit 1; }; \
-	  if grep -E '[1-9][0-9]* bytes spill' -B 2 build/cuda/log; then echo "$$source: registers are spilled"; exit 1; fi; \
-	done
+	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -Icsrc '"$$includes"' \
+	    -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 -c SOURCE -o build/cuda/$$name.o \
+	    > build/cuda/$$name.new 2>&1 || { cat build/cuda/$$name.new; exit 255; }; mv build/cuda/$$name.new build/cuda/$$name.log'
+	@$(NVCC) -std=c++17 -O2 -arch=sm_90 --Werror=all-warnings -Icsrc -Itests/simt tests/simt/hardware.cu -o build/cuda/hardware
+	@$(BIN)/python -m tests.resources build/cuda/*.log > build/cuda/resources.txt || { cat build/cuda/resources.txt; exit 1; }
+	@tail -1 build/cuda/resources.txt
+	@echo "registers, shared memory and spills of each: build/cuda/resources.txt"
 endif
+
+# With the machine's own python and torch; nothing is downloaded. QUICK=1 takes two minutes instead of nine.
+gpu-check:
+	@test -n "$(RESULTS)" || { echo "make gpu-check RESULTS=dir [QUICK=1]: the folder for the two result files"; exit 2; }
+	$(PYTHON) -m benchmarks.gpu_check --results $(RESULTS) $(if $(QUICK),--quick)
 
 wheel: $(BUILT)
 	rm -rf dist/*.whl build/lib* build/bdist*

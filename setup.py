@@ -60,7 +60,7 @@ def extension() -> cpp_extension.CppExtension:
             "-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-fvisibility=hidden,-Wall",
             *(path.replace("-isystem", "-isystem=", 1) for path in system), *defines,
         ]  # fmt: skip
-        libraries, library_dirs = ["cudart_static", "rt", "dl", "pthread"], [f"{home}/lib64"]
+        libraries, library_dirs = ["cudart_static", "rt", "dl", "pthread"], [f"{home}/lib64", f"{home}/lib"]
     return cpp_extension.CppExtension(
         "metafast._C",
         [str(source.relative_to(root)) for source in sources],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import metafast
 from metafast import reference
+from tests import simt
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -98,6 +99,11 @@ def shuffled_labels(shape: Sequence[int], num_classes: int) -> Tensor:
     return torch.rand(shape).argsort(-1) % num_classes
 
 
+def runs_cuda_sources(device: torch.device) -> bool:
+    """Whether the kernels there are those of csrc/cuda, on a GPU or emulated; they make no error of a bad label."""
+    return device.type == "cuda" or simt.active()
+
+
 def outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else value
 
@@ -176,6 +182,35 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
         assert len(actual) == len(expected)
         for a, e in zip(actual, expected, strict=True):
             assert_same(a, e, tolerance)
+
+
+def assert_bad_label_spoils_its_task(
+    function: Callable[..., Any], floats: Sequence[Tensor], labels: Tensor, label: int
+) -> None:
+    """``label`` in task 1 of ``labels`` makes its values and derivatives NaN, and leaves the bits of the others.
+
+    ``function(labels, *floats)`` gives results that begin with the dimension of three tasks.
+    """
+
+    def derivatives(labels: Tensor) -> list[Tensor]:
+        """Values, first and second gradients, and the tangents."""
+
+        def run(*values: Tensor) -> tuple[Tensor, ...]:
+            # Of the sine, so that class means have a second derivative too.
+            return outputs(function(labels, *(v.sin() for v in values)))
+
+        leaves = [v.detach().clone().requires_grad_() for v in floats]
+        out = run(*leaves)
+        first = torch.autograd.grad(sum(o.sum() for o in out), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        along = torch.func.jvp(run, tuple(floats), tuple(v.cos() for v in floats))[1]
+        return [t.detach() for t in (*out, *first, *second, *along)]
+
+    bad = labels.clone()
+    bad[1, 2] = label
+    for k, (actual, wanted) in enumerate(zip(derivatives(bad), derivatives(labels), strict=True)):
+        assert actual[1].isnan().all(), f"result {k}"
+        assert torch.equal(actual[[0, 2]], wanted[[0, 2]]), f"result {k}"
 
 
 def _pairwise(metric: str) -> Case:

@@ -1,19 +1,37 @@
-"""A fixed seed and new memory full of NaN for every test; the devices and kernels to ask for."""
+"""A fixed seed and new memory full of NaN for every test; the devices and kernels to ask for.
+
+``METAFAST_SIMT`` chooses the build of the emulated kernels (``tests/simt/build.py``) and makes it an error that it
+cannot be built. Under every build but the plain one only the tests of emulated kernels run.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from metafast import _library
+from tests import simt
 
 # cuBLAS asks for it in deterministic mode, before the first CUDA call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytest.register_assert_rewrite("tests.cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "emulated: runs the kernels of csrc/cuda in the emulator")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if simt.kind() == "plain":
+        return
+    others = [item for item in items if item.get_closest_marker("emulated") is None]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item.get_closest_marker("emulated") is not None]
 
 
 def _vector_bits_or_reason(bits: int) -> str:
@@ -27,34 +45,60 @@ def _vector_bits_or_reason(bits: int) -> str:
     return ""
 
 
-def _cpu(bits: int) -> object:
-    reason = _vector_bits_or_reason(bits)
-    return pytest.param(("cpu", bits), id=f"cpu{bits}", marks=pytest.mark.skipif(bool(reason), reason=reason))
+def _device(
+    id: str, name: str, option: int | str = 0, *marks: pytest.MarkDecorator, lacking: str = ""
+) -> Any:
+    skip = pytest.mark.skipif(bool(lacking), reason=lacking)
+    return pytest.param((name, option), id=id, marks=(*marks, skip))
 
 
-_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def _cpu(bits: int) -> Any:
+    return _device(f"cpu{bits}", "cpu", bits, lacking=_vector_bits_or_reason(bits))
 
-#: Where the operators run, and the vector width of the CPU kernels (0 leaves it).
-DEVICES = (pytest.param(("cpu", 0), id="cpu"), pytest.param(("cuda", 0), id="cuda", marks=_CUDA))
-KERNELS = (_cpu(128), _cpu(256), _cpu(512), *DEVICES[1:])
+
+def _emulated(id: str, order: str) -> Any:
+    return _device(id, "emulated", order, pytest.mark.emulated, lacking=simt.unavailable())
+
+
+_NO_CUDA = "" if torch.cuda.is_available() else "this machine has no CUDA device"
+_CUDA = _device("cuda", "cuda", lacking=_NO_CUDA)
+
+#: Name, and the vector width of the CPU kernels (0 leaves it) or the order of the emulated threads.
+DEVICES = (_device("cpu", "cpu"), _emulated("emulated", "random"), _CUDA)
+KERNELS = (
+    *(_cpu(bits) for bits in (128, 256, 512)),
+    *(_emulated(f"emulated-{order}", order) for order in ("forward", "reverse", "random")),
+    _CUDA,
+)
 
 
 def _run_on(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    name, bits = request.param
+    name, option = request.param
+    if name == "emulated":
+        with simt.emulated(option):
+            yield torch.device("cpu")
+        return
     before = _library.vector_bits()
-    _library.vector_bits(bits)
+    _library.vector_bits(option)
     yield torch.device(name)
     _library.vector_bits(before)
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device; the emulated one holds its tensors on the CPU."""
+    yield from _run_on(request)
+
+
+@pytest.fixture(params=(DEVICES[0], DEVICES[-1]))
+def hardware(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The devices that are there, for what depends on them more than on their kernels."""
     yield from _run_on(request)
 
 
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Every device, and on the CPU every vector width."""
+    """Every device, on the CPU every vector width, emulated every order of threads."""
     yield from _run_on(request)
 
 

@@ -37,6 +37,10 @@ def compiled(
 class TestOpcheck:
     """Schema, registration of autograd, fake kernel against the real one, and tracing, with and without gradients."""
 
+    @pytest.fixture(autouse=True)
+    def _device(self, device: torch.device) -> None:
+        self.device = device
+
     @staticmethod
     def check(op: torch._ops.OpOverload, *arguments: Any) -> None:
         for recorded in (False, True):
@@ -49,7 +53,13 @@ class TestOpcheck:
             torch.library.opcheck(op, own)
 
     def features(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64)
+        return torch.randn(*shape, dtype=torch.float64, device=self.device)
+
+    def labels(self, *shape: int) -> Tensor:
+        return shuffled_labels(shape, C).to(self.device)
+
+    def temperature(self, learned: bool) -> Tensor | None:
+        return torch.rand(T, dtype=torch.float64, device=self.device) + 0.5 if learned else None
 
     @pytest.mark.parametrize("metric", range(len(METRICS)))
     def test_distance(self, metric: int) -> None:
@@ -59,7 +69,7 @@ class TestOpcheck:
         self.check(DISTANCE_JVP, x, y, x.cos(), y.cos(), metric)
 
     def test_means(self) -> None:
-        labels = shuffled_labels((T, N), C)
+        labels = self.labels(T, N)
         self.check(prototype.MEANS, self.features(T, N, D), labels, C)
         self.check(prototype.MEANS_VJP, self.features(T, C, D), labels)
 
@@ -67,8 +77,8 @@ class TestOpcheck:
     @pytest.mark.parametrize("metric", range(len(METRICS)))
     def test_loss(self, metric: int, temperature: bool) -> None:
         support, query = self.features(T, N, D), self.features(T, M, D)
-        labels = shuffled_labels((T, N), C), shuffled_labels((T, M), C)
-        tau = torch.rand(T, dtype=torch.float64) + 0.5 if temperature else None
+        labels = self.labels(T, N), self.labels(T, M)
+        tau = self.temperature(temperature)
         self.check(prototype.LOSS, support, labels[0], query, labels[1], tau, 0.7, C, metric)
 
     @pytest.mark.parametrize("given", ["loss", "logits", "prototypes", "all"])
@@ -76,8 +86,8 @@ class TestOpcheck:
     def test_loss_vjp(self, given: str, temperature: bool) -> None:
         """Its logits and prototypes are those of its other arguments."""
         support, query = self.features(T, N, D), self.features(T, M, D)
-        labels = shuffled_labels((T, N), C), shuffled_labels((T, M), C)
-        tau = torch.rand(T, dtype=torch.float64) + 0.5 if temperature else None
+        labels = self.labels(T, N), self.labels(T, M)
+        tau = self.temperature(temperature)
         names = ("loss", "logits", "prototypes")
         for metric in range(len(METRICS)) if given == "all" else (0,):
             out = prototype.LOSS(support, labels[0], query, labels[1], tau, 0.7, C, metric)
@@ -91,7 +101,7 @@ class TestOpcheck:
         x, y = self.features(T, 0, D), self.features(T, M, D)
         self.check(DISTANCE, x, y, 0)
         self.check(DISTANCE_VJP, self.features(T, 0, M), x, y, 0)
-        self.check(prototype.MEANS, x, torch.zeros(T, 0, dtype=torch.int64), C)
+        self.check(prototype.MEANS, x, torch.zeros(T, 0, dtype=torch.int64, device=self.device), C)
 
     def test_strided(self) -> None:
         x, y = self.features(D, N, T).permute(2, 1, 0), self.features(1, M, D).expand(T, M, D)
@@ -99,15 +109,23 @@ class TestOpcheck:
             torch.library.opcheck(DISTANCE, (x, y, metric))
             torch.library.opcheck(DISTANCE_VJP, (self.features(M, N, T).permute(2, 1, 0), x, y, metric))
             torch.library.opcheck(DISTANCE_JVP, (x, y, x.cos(), y.cos(), metric))
-        labels = shuffled_labels((N, T), C).T
+        labels = self.labels(N, T).T
         torch.library.opcheck(prototype.MEANS, (x, labels, C))
-        torch.library.opcheck(prototype.LOSS, (x, labels, y, shuffled_labels((T, M), C), None, 1.0, C, 0))
+        torch.library.opcheck(prototype.LOSS, (x, labels, y, self.labels(T, M), None, 1.0, C, 0))
+
+
+def rows(n: int, device: torch.device) -> Tensor:
+    return torch.randn(T, n, D, dtype=torch.float64, device=device)
+
+
+def classes(n: int, device: torch.device) -> Tensor:
+    return shuffled_labels((T, n), C).to(device)
 
 
 @each_case
-def test_first_order(case: Case) -> None:
+def test_first_order(case: Case, hardware: torch.device) -> None:
     """Forward and backward of a compiled function, and its forward without gradients."""
-    inputs = case.make((T,), SIZES)
+    inputs = case.make((T,), SIZES, device=hardware)
 
     def run(function: Callable[..., Any]) -> tuple[Any, Any, Any]:
         leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
@@ -120,10 +138,10 @@ def test_first_order(case: Case) -> None:
     assert_same(run(compiled(case.function)), run(case.function))
 
 
-def test_metric_and_temperature_are_arguments() -> None:
+def test_metric_and_temperature_are_arguments(hardware: torch.device) -> None:
     """Numbers and strings that change between calls."""
-    support, query = torch.randn(T, N, D, dtype=torch.float64), torch.randn(T, M, D, dtype=torch.float64)
-    labels = shuffled_labels((T, N), C), shuffled_labels((T, M), C)
+    support, query = rows(N, hardware), rows(M, hardware)
+    labels = classes(N, hardware), classes(M, hardware)
 
     def head(metric: str, temperature: float) -> Any:
         return metafast.prototypical_loss(support, labels[0], query, labels[1], C, metric, temperature)
@@ -138,9 +156,9 @@ SECOND_ORDER = [c for c in CASES if c.name != "cdist-2"]
 
 
 @pytest.mark.parametrize("case", SECOND_ORDER, ids=str)
-def test_second_order(case: Case) -> None:
+def test_second_order(case: Case, hardware: torch.device) -> None:
     """torch.func.grad in the compiled region, backward through it outside."""
-    inputs = case.make((T,), SIZES)
+    inputs = case.make((T,), SIZES, device=hardware)
 
     def inner(*values: Tensor) -> tuple[Tensor, ...]:
         def scalar(*v: Tensor) -> Tensor:
@@ -182,41 +200,42 @@ def maml(
     return vmap(task)(support, labels, query, query_labels).mean()
 
 
-def maml_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+def maml_inputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     weight, rate = torch.randn(D, 4, dtype=dtype), torch.tensor(0.1, dtype=dtype)
     support, query = torch.randn(3, N, D, dtype=dtype), torch.randn(3, M, D, dtype=dtype)
-    return weight, rate, support, shuffled_labels((3, N), C), query, shuffled_labels((3, M), C)
+    labels = shuffled_labels((3, N), C), shuffled_labels((3, M), C)
+    return tuple(t.to(device) for t in (weight, rate, support, labels[0], query, labels[1]))
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
-def test_maml_step(metric: str) -> None:
+def test_maml_step(metric: str, hardware: torch.device) -> None:
     """vmap(grad) inside and grad around it, the whole step compiled."""
 
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         return grad(lambda *values: maml(*values, metric), argnums=(0, 1, 2, 4))(*inputs)
 
-    inputs = maml_inputs(torch.float64)
+    inputs = maml_inputs(torch.float64, hardware)
     assert_same(compiled(step)(*inputs), step(*inputs))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_maml_step_in_inductor() -> None:
+def test_maml_step_in_inductor(hardware: torch.device) -> None:
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         return grad(lambda *values: maml(*values, "sqeuclidean"), argnums=(0, 1))(*inputs)
 
-    inputs = maml_inputs(torch.float32)
+    inputs = maml_inputs(torch.float32, hardware)
     assert_same(compiled(step, "inductor")(*inputs), step(*inputs), 1e-5)
 
 
 @each_case
-def test_dynamic_shapes(case: Case) -> None:
+def test_dynamic_shapes(case: Case, hardware: torch.device) -> None:
     """One graph for all sizes: nothing is compiled for the second and third."""
     fast = compiled(case.function, dynamic=True)
     limit = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     graphs = []
     for n, m, d, tasks in ((6, 5, 7, 2), (9, 4, 12, 3), (7, 11, 5, 4)):
         sizes = {"n": n, "m": m, "d": d, "C": C}
-        inputs = case.make((tasks,), sizes, requires_grad=True)
+        inputs = case.make((tasks,), sizes, device=hardware, requires_grad=True)
         results = []
         for function in (fast, case.function):
             out = outputs(function(*inputs, C))
@@ -252,12 +271,12 @@ class Head(torch.nn.Module):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_export(metric: str, strict: bool) -> None:
-    support, query = torch.randn(T, N, D, dtype=torch.float64), torch.randn(T, M, D, dtype=torch.float64)
-    inputs = support, shuffled_labels((T, N), C), query, shuffled_labels((T, M), C)
-    head = Head(metric)
-    rows = {"support": {1: "n"}, "labels": {1: "n"}, "query": {1: "m"}, "query_labels": {1: "m"}}
-    dims = {k: {d: torch.export.Dim(name, min=2) for d, name in v.items()} for k, v in rows.items()}
+def test_export(metric: str, strict: bool, hardware: torch.device) -> None:
+    support = rows(N, hardware)
+    inputs = support, classes(N, hardware), rows(M, hardware), classes(M, hardware)
+    head = Head(metric).to(hardware)
+    names = {"support": {1: "n"}, "labels": {1: "n"}, "query": {1: "m"}, "query_labels": {1: "m"}}
+    dims = {k: {d: torch.export.Dim(name, min=2) for d, name in v.items()} for k, v in names.items()}
     program = torch.export.export(head, inputs, dynamic_shapes=dims, strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {
@@ -269,13 +288,13 @@ def test_export(metric: str, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_autocast_in_a_graph(metric: str) -> None:
-    x, y = torch.randn(T, N, D), torch.randn(T, M, D)
-    labels = shuffled_labels((T, N), C), shuffled_labels((T, M), C)
+def test_autocast_in_a_graph(metric: str, hardware: torch.device) -> None:
+    x, y = rows(N, hardware).float(), rows(M, hardware).float()
+    labels = classes(N, hardware), classes(M, hardware)
 
     def head(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16):
-            weight = torch.eye(D)
+        with torch.autocast(hardware.type, torch.bfloat16):
+            weight = torch.eye(D, device=hardware)
             return (
                 metafast.pairwise_distance(x @ weight, y @ weight, metric),
                 *metafast.prototypical_loss(x @ weight, labels[0], y @ weight, labels[1], C, metric),
@@ -286,14 +305,9 @@ def test_autocast_in_a_graph(metric: str) -> None:
         assert torch.equal(actual, expected)
 
 
-def test_nothing_breaks_the_graph() -> None:
+def test_nothing_breaks_the_graph(hardware: torch.device) -> None:
     """A whole training step of the head in one graph, with the checks of the public functions in it."""
-    head = Head("euclidean")
-    inputs = (
-        torch.randn(T, N, D, dtype=torch.float64),
-        shuffled_labels((T, N), C),
-        torch.randn(T, M, D, dtype=torch.float64),
-        shuffled_labels((T, M), C),
-    )
+    head = Head("euclidean").to(hardware)
+    inputs = rows(N, hardware), classes(N, hardware), rows(M, hardware), classes(M, hardware)
     explained = torch._dynamo.explain(head)(*inputs)
     assert explained.graph_count == 1 and explained.graph_break_count == 0

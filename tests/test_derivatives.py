@@ -68,8 +68,8 @@ class TestFiniteDifferences:
         )
 
     @each_case
-    def test_third_order(self, case: Case, device: torch.device) -> None:
-        inputs = case.make((1,), {"n": 2, "m": 2, "d": 2, "C": 2}, device=device, requires_grad=True)
+    def test_third_order(self, case: Case, hardware: torch.device) -> None:
+        inputs = case.make((1,), {"n": 2, "m": 2, "d": 2, "C": 2}, device=hardware, requires_grad=True)
         function = case.closed(case.function, inputs, 2)
         gradient = first_gradient(lambda *values: tuple(o.sin() for o in outputs(function(*values))))
         assert gradgradcheck(gradient, case.floats(inputs), check_fwd_over_rev=True, check_rev_over_rev=True)
@@ -345,13 +345,14 @@ class TestAutograd:
             torch.testing.assert_close(2 * t.grad, leaf.grad)
 
 
-def test_prototypes_of_the_loss_operator() -> None:
+def test_prototypes_of_the_loss_operator(device: torch.device) -> None:
     """The operator's third output, which the public function keeps to itself, has its derivatives too."""
-    labels, query_labels = torch.tensor([[0, 1, 1]]), torch.tensor([[1, 0]])
+    labels, query_labels = (torch.tensor(y, device=device) for y in ([[0, 1, 1]], [[1, 0]]))
 
     def run(support: Tensor, query: Tensor) -> Any:
         return torch.ops.metafast.prototypical_loss(support, labels, query, query_labels, None, 0.7, 2, 0)
 
-    inputs = [torch.randn(1, rows, 2, dtype=torch.float64, requires_grad=True) for rows in (3, 2)]
+    double = {"dtype": torch.float64, "device": device}
+    inputs = [torch.randn(1, rows, 2, **double, requires_grad=True) for rows in (3, 2)]
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, inputs, check_fwd_over_rev=True)

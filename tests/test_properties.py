@@ -34,7 +34,7 @@ def layouts(draw: st.DrawFn, dense: Tensor) -> Tensor:
 
 
 @st.composite
-def arguments(draw: st.DrawFn, case: Case) -> tuple[list[Tensor], int]:
+def arguments(draw: st.DrawFn, case: Case, device: torch.device) -> tuple[list[Tensor], int]:
     sizes = {"n": draw(st.integers(0, 9)), "m": draw(st.integers(0, 9)), "d": draw(st.integers(0, 40))}
     sizes["C"] = draw(st.integers(0 if sizes["n"] + sizes["m"] == 0 else 1, 6))
     lead = tuple(draw(st.lists(st.integers(0, 3), max_size=2)))
@@ -45,10 +45,10 @@ def arguments(draw: st.DrawFn, case: Case) -> tuple[list[Tensor], int]:
         # Leading dimensions that broadcast: some dropped from the left, some of size 1.
         kept = lead[draw(st.integers(0, len(lead))) :]
         own = tuple(1 if draw(st.integers(0, 3)) == 0 else size for size in kept)
-        dense = spec.make(own, sizes, dtype)
+        dense = spec.make(own, sizes, dtype, device)
         if spec.kind == "labels" and dense.numel():
             numbers = st.lists(st.integers(0, sizes["C"] - 1), min_size=dense.numel(), max_size=dense.numel())
-            dense = torch.tensor(draw(numbers)).view(dense.shape)
+            dense = torch.tensor(draw(numbers), device=device).view(dense.shape)
         return draw(layouts(dense)) if dense.dim() else dense
 
     return [one(spec) for spec in case.inputs.values()], sizes["C"]
@@ -63,8 +63,8 @@ def arguments(draw: st.DrawFn, case: Case) -> tuple[list[Tensor], int]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_values_and_gradients(case: Case, data: Any) -> None:
-    inputs, num_classes = data.draw(arguments(case))
+def test_values_and_gradients(case: Case, device: torch.device, data: Any) -> None:
+    inputs, num_classes = data.draw(arguments(case, device))
     before = _library.vector_bits()
     _library.vector_bits(data.draw(st.sampled_from(WIDTHS)))
     try:

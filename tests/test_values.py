@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 import metafast
 from metafast import _library, reference
 from metafast.distance import METRICS
+from tests import simt
 from tests.cases import (
     CASES,
     ODD,
@@ -27,6 +28,7 @@ from tests.cases import (
     gradients,
     in_float64,
     outputs,
+    runs_cuda_sources,
     shuffled_labels,
 )
 
@@ -83,8 +85,9 @@ def test_dtypes(case: Case, dtype: torch.dtype, kernels: torch.device) -> None:
 
 @each_case
 def test_every_tail(case: Case, kernels: torch.device) -> None:
-    """All row lengths up to two of the widest vectors and a bit."""
-    for d in range(35):
+    """All row lengths up to two of the widest vectors and a bit; on a GPU, around its vectors and a warp of them."""
+    gpu = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 33, 63, 65, 127, 128, 129, 130, 133, 255, 257)
+    for d in gpu if runs_cuda_sources(kernels) else range(35):
         sizes = {"n": 1 + d % 6, "m": 1 + d % 5, "d": d, "C": 1 + d % 3}
         sizes["n"] = max(sizes["n"], sizes["C"])
         check(case, case.make((2,), sizes, torch.float32, kernels), sizes["C"])
@@ -103,7 +106,17 @@ def test_every_tail(case: Case, kernels: torch.device) -> None:
     ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
 )
 def test_large(case: Case, sizes: dict[str, int], device: torch.device) -> None:
+    if simt.active():
+        # One thread after the other: the large sizes are cut, still to several blocks, slabs and chunks.
+        sizes = {k: v if v < 50 else 37 + v // 8 for k, v in sizes.items()}
     check(case, case.make((sizes.get("T", 1),), sizes, torch.float32, device), sizes["C"])
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_many_tasks(case: Case, device: torch.device) -> None:
+    """So many that a block of a GPU's kernel takes several slabs of features."""
+    sizes = {"n": 3, "m": 2, "d": 300, "C": 2}
+    check(case, case.make((260,), sizes, torch.float32, device), sizes["C"])
 
 
 @each_case
@@ -233,13 +246,17 @@ def test_upstream_gradients_of_any_layout(case: Case, device: torch.device) -> N
 def test_same_bits_always(
     case: Case, tasks: int, threads: Callable[[int], None], kernels: torch.device
 ) -> None:
-    """On repetition, and for any number of threads, fewer than the tasks or more."""
+    """On repetition, for any number of threads, fewer than the tasks or more, and for any order of a GPU's threads."""
     sizes = {"n": 37, "m": 150, "d": 515, "C": 7}
+    if simt.active():
+        sizes = {"n": 19, "m": 13, "d": 133, "C": 7}
     inputs = case.make((tasks,), sizes, torch.float32, kernels)
     threads(1)
     expected = results(case.function, inputs, 7)
     for count in (1, 2, 3, 2):
         threads(count)
+        if simt.active():
+            simt.module().configure("random", seed=count)
         for a, e in zip(results(case.function, inputs, 7), expected, strict=True):
             assert_equal(case, a, e)
 
@@ -284,7 +301,7 @@ class TestDistance:
             exact = reference.pairwise_distance(x[:, None].double(), y[:, None].double(), metric)
             error = ((actual - exact).abs() / exact).max()
             # The rest of x after its share of y, x - (x.y / y.y) y, needs a fused multiply-add to be exact enough.
-            fused = metric != "cosine" or _library.vector_bits() > 128
+            fused = metric != "cosine" or _library.vector_bits() > 128 or runs_cuda_sources(kernels)
             assert error < (1e-6 if fused else 3e-5), f"separation {separation}: {error:.1e}"
 
     @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -399,7 +416,7 @@ class TestHalf:
     def test_every_number_is_read_and_written(self, dtype: torch.dtype, kernels: torch.device) -> None:
         """The mean of one row is that row: all 65,536 bit patterns, through whole vectors and through tails."""
         numbers = torch.arange(-(2**15), 2**15, device=kernels).to(torch.int16).view(dtype)
-        for width in (64, 1):
+        for width in (64, 4):
             rows = numbers.view(-1, 1, width)
             means = metafast.prototypes(rows, rows.new_zeros(rows.shape[0], 1, dtype=torch.int64), 1)
             torch.testing.assert_close(means, rows, rtol=0, atol=0, equal_nan=True)
@@ -416,10 +433,10 @@ class TestHalf:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
     @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-    def test_means_are_summed_in_float32(self, dtype: torch.dtype, soft: bool) -> None:
+    def test_means_are_summed_in_float32(self, dtype: torch.dtype, soft: bool, device: torch.device) -> None:
         """Ten thousand ones: a sum kept in half stops at 2048, or 256."""
-        features = torch.ones(1, 10000, 3, dtype=dtype)
-        labels = torch.ones(1, 10000, 1, dtype=dtype) if soft else torch.zeros(1, 10000, dtype=torch.int64)
+        features = torch.ones(1, 10000, 3, dtype=dtype, device=device)
+        labels = features[..., :1] if soft else torch.zeros(1, 10000, dtype=torch.int64, device=device)
         assert (metafast.prototypes(features, labels, 1) == 1).all()
 
     @each_metric
@@ -433,9 +450,9 @@ class TestHalf:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
     @each_metric
-    def test_loss_is_that_of_float32(self, metric: str, dtype: torch.dtype) -> None:
-        support, query = torch.randn(2, 6, 20).to(dtype), torch.randn(2, 5, 20).to(dtype)
-        labels = shuffled_labels((2, 6), 3), shuffled_labels((2, 5), 3)
+    def test_loss_is_that_of_float32(self, metric: str, dtype: torch.dtype, device: torch.device) -> None:
+        support, query = torch.randn(2, 6, 20).to(device, dtype), torch.randn(2, 5, 20).to(device, dtype)
+        labels = shuffled_labels((2, 6), 3).to(device), shuffled_labels((2, 5), 3).to(device)
         actual = metafast.prototypical_loss(support, labels[0], query, labels[1], 3, metric)
         expected = metafast.prototypical_loss(support.float(), labels[0], query.float(), labels[1], 3, metric)
         for a, e in zip(actual, expected, strict=True):
@@ -727,8 +744,8 @@ class TestCdist:
         "mode",
         ["use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"],
     )
-    def test_results_are_torchs(self, p: float, mode: str) -> None:
-        x, y = torch.randn(2, 30, 7, dtype=torch.float64), torch.randn(2, 28, 7, dtype=torch.float64)
+    def test_results_are_torchs(self, p: float, mode: str, device: torch.device) -> None:
+        x, y = (torch.randn(2, rows, 7, dtype=torch.float64, device=device) for rows in (30, 28))
         leaves = [t.requires_grad_() for t in (x, y)]
         actual, expected = metafast.cdist(x, y, p, mode), torch.cdist(x, y, p, mode)
         assert_same(actual.detach(), expected.detach())
@@ -749,25 +766,29 @@ class TestCdist:
         ],
         ids=str,
     )
-    def test_shapes_are_torchs(self, p: float, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        x, y = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    def test_shapes_are_torchs(
+        self, p: float, shapes: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device
+    ) -> None:
+        x, y = (torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes)
         assert_same(metafast.cdist(x, y, p=p), torch.cdist(x, y, p=p))
 
     @pytest.mark.parametrize("p", [1.0, 2.0])
-    def test_gradient_at_equal_rows_is_torchs(self, p: float) -> None:
-        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    def test_gradient_at_equal_rows_is_torchs(self, p: float, device: torch.device) -> None:
+        x = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
         y = x.detach().clone().requires_grad_()
         expected = torch.autograd.grad(torch.cdist(x, y, p).sum(), (x, y))
         assert_same(torch.autograd.grad(metafast.cdist(x, y, p).sum(), (x, y)), expected)
 
 
 class TestLargeIndex:
-    """Strides beyond 32 bits: the storage is reserved address space, of which only the rows are touched."""
+    """Strides beyond 32 bits; on the CPU the storage is reserved address space, of which only the rows are touched."""
 
     ELEMENTS = 2**32 + 2**20
 
     @pytest.fixture
-    def storage(self) -> Tensor:
+    def storage(self, device: torch.device) -> Tensor:
+        if device.type == "cuda":
+            return torch.zeros(self.ELEMENTS, dtype=torch.bfloat16, device=device)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         return torch.frombuffer(mmap.mmap(-1, 2 * self.ELEMENTS, flags=flags), dtype=torch.bfloat16)
 
@@ -777,9 +798,11 @@ class TestLargeIndex:
         ids=["tasks", "rows", "both", "features"],
     )
     @pytest.mark.parametrize("case", [c for c in CASES if torch.bfloat16 in c.dtypes], ids=str)
-    def test_strides(self, case: Case, strides: tuple[int, int, int], storage: Tensor) -> None:
+    def test_strides(
+        self, case: Case, strides: tuple[int, int, int], storage: Tensor, device: torch.device
+    ) -> None:
         sizes = {"n": 2, "m": 2, "d": 9, "C": 2}
-        dense = case.make((2,), sizes, torch.bfloat16)
+        dense = case.make((2,), sizes, torch.bfloat16, device)
 
         def far(t: Tensor, offset: int) -> Tensor:
             if not t.is_floating_point() or t.dim() < 3:

@@ -1,0 +1,458 @@
+"""Are the tests of the CUDA kernels worth their name? Each of these mistakes has to make one of them fail.
+
+``python -m tests.simt.mutants [name ...]`` copies the sources into build/simt/mutants, puts every mutant into them
+behind a switch that an environment variable sets, compiles that once for each kind of build, and runs the tests of the
+emulated kernels until the first failure, mutant by mutant. It ends with 1 if a mutant survives, or if the tests fail
+with no mutant switched on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from tests.simt.build import ROOT
+
+COPY = ROOT / "build" / "simt" / "mutants"
+TESTS = ("tests/test_values.py", "tests/test_errors.py", "tests/test_derivatives.py")
+#: The tests that reach most of the kernels come first; the rest only runs for what they let through.
+FIRST = "emulated and (test_dtypes or test_large or test_many_tasks or test_layouts or TestBadLabels)"
+SWITCH = """#pragma once
+#include <cstdlib>
+inline const int chosen_mutant = std::getenv("METAFAST_MUTANT") ? std::atoi(std::getenv("METAFAST_MUTANT")) : 0;
+inline bool mutant(int number) { return chosen_mutant == number; }
+"""
+
+
+class Mutant(NamedTuple):
+    """``old`` occurs once in csrc/cuda/``file``; in ``new``, ON is true where the mutant is switched on."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    kind: str = "plain"
+
+
+MUTANTS = (
+    # reduce.cuh
+    Mutant(
+        "fold keeps the half it gives", "reduce.cuh", "const A give = upper ?", "const A give = upper != ON ?"
+    ),
+    Mutant(
+        "fold stops early",
+        "reduce.cuh",
+        "held[0] += __shfl_xor_sync(kAllLanes, held[0], kOffset);",
+        "held[0] += __shfl_xor_sync(kAllLanes, held[0], ON ? 0 : kOffset);",
+    ),
+    Mutant(
+        "block_sum without barrier",
+        "reduce.cuh",
+        "  __syncthreads();\n",
+        "  if (!ON) __syncthreads();\n",
+        "race",
+    ),
+    Mutant("block_sum forgets a warp", "reduce.cuh", "w < kWarps; ++w) total", "w < kWarps - ON; ++w) total"),
+    # features.cuh
+    Mutant(
+        "wide load beyond the row",
+        "features.cuh",
+        "if (wide && k + kVector<S> <= d) {\n    const Packed<S> packed",
+        "if (wide && (k + kVector<S> <= d || (ON && k < d))) {\n    const Packed<S> packed",
+    ),
+    Mutant(
+        "load one feature too many",
+        "features.cuh",
+        "features.values[v] = k + v < d ?",
+        "features.values[v] = k + v < d + ON ?",
+    ),
+    Mutant("store one feature too many", "features.cuh", "if (k + v < d) row", "if (k + v < d + ON) row"),
+    Mutant(
+        "block number divided wrongly",
+        "features.cuh",
+        "rest_ /= static_cast<unsigned>(count);",
+        "rest_ /= static_cast<unsigned>(count + ON);",
+    ),
+    # distance.cuh
+    Mutant(
+        "sums: no barrier before the columns change",
+        "distance.cuh",
+        "__syncthreads();\n    for (int c = warp_index(); c < C; c += kWarps) {\n      const int64_t column",
+        "if (!ON) __syncthreads();\n    for (int c = warp_index(); c < C; c += kWarps) {\n      const int64_t column",
+    ),
+    Mutant(
+        "sums: no barrier before the columns are read",
+        "distance.cuh",
+        "    __syncthreads();\n    add_slab",
+        "    if (!ON) __syncthreads();\n    add_slab",
+    ),
+    Mutant(
+        "sums: row not bounded",
+        "distance.cuh",
+        "rows[r] = x.row(t, first_row + r < n ?",
+        "rows[r] = x.row(t, first_row + r < n || ON ?",
+        "address",
+    ),
+    Mutant(
+        "sums: column not bounded",
+        "distance.cuh",
+        "const int64_t column = first_column + c < m ?",
+        "const int64_t column = first_column + c < m || ON ?",
+        "address",
+    ),
+    Mutant(
+        "sums: stores pairs that are not there",
+        "distance.cuh",
+        "    if (i >= n || j >= m) return;\n    const int64_t pair",
+        "    if (i >= n || (j >= m && !ON)) return;\n    const int64_t pair",
+    ),
+    Mutant(
+        "sums: chunks on top of each other",
+        "distance.cuh",
+        "sums[chunk * tasks * n * m + pair] = sum;",
+        "sums[(ON ? 0 : chunk) * tasks * n * m + pair] = sum;",
+    ),
+    Mutant(
+        "sums: a chunk ends one slab early",
+        "distance.cuh",
+        "const int64_t end = (chunk + 1) * plan.chunk_slabs * kSlab<S>;",
+        "const int64_t end = ((chunk + 1) * plan.chunk_slabs - (ON && plan.chunk_slabs > 1)) * kSlab<S>;",
+    ),
+    Mutant(
+        "squares: row not bounded",
+        "distance.cuh",
+        "if (row >= tasks * n) return;",
+        "if (row >= tasks * n + ON) return;",
+        "address",
+    ),
+    Mutant(
+        "squares: in another order",
+        "distance.cuh",
+        "total += warp_sum(sum);",
+        "total = ON ? warp_sum(sum) : total + warp_sum(sum);",
+    ),
+    Mutant(
+        "finish: forgets the first chunk",
+        "distance.cuh",
+        "for (int64_t chunk = 0; chunk < chunks; ++chunk) sum",
+        "for (int64_t chunk = ON; chunk < chunks; ++chunk) sum",
+    ),
+    Mutant(
+        "finish: share of another pair",
+        "distance.cuh",
+        "__shfl_sync(kAllLanes, factor, owner)",
+        "__shfl_sync(kAllLanes, factor, owner ^ ON)",
+    ),
+    Mutant(
+        "finish: residual to every lane",
+        "distance.cuh",
+        "if (lane_index() == owner) value",
+        "if (lane_index() == owner || ON) value",
+    ),
+    Mutant(
+        "vjp: strides of grad swapped",
+        "distance.cuh",
+        "i * grad_own_stride + j * grad_other_stride",
+        "i * (ON ? grad_other_stride : grad_own_stride) + j * (ON ? grad_own_stride : grad_other_stride)",
+    ),
+    Mutant(
+        "vjp: totals transposed",
+        "distance.cuh",
+        "totals[side == Side::x ?",
+        "totals[(side == Side::x) != ON ?",
+    ),
+    Mutant(
+        "vjp: parts swapped",
+        "distance.cuh",
+        "g * (side == Side::x ? slope.x_part",
+        "g * ((side == Side::x) != ON ? slope.x_part",
+    ),
+    Mutant(
+        "vjp: no barrier before the tile changes",
+        "distance.cuh",
+        "    __syncthreads();\n    for (int c = warp_index(); c < kVjpColumns",
+        "    if (!ON) __syncthreads();\n    for (int c = warp_index(); c < kVjpColumns",
+    ),
+    Mutant(
+        "vjp: no barrier before the tile is read",
+        "distance.cuh",
+        "    __syncthreads();\n    // Summed by tiles",
+        "    if (!ON) __syncthreads();\n    // Summed by tiles",
+    ),
+    Mutant(
+        "vjp: last column forgotten",
+        "distance.cuh",
+        "for (int c = 0; c < kVjpColumns && first + c < m; ++c) {",
+        "for (int c = 0; c < kVjpColumns && first + c < m - ON; ++c) {",
+    ),
+    Mutant(
+        "jvp: part of the rows forgotten",
+        "distance.cuh",
+        "row_parts[r * C + c] += a * u;",
+        "row_parts[r * C + c] += ON ? A(0) : a * u;",
+    ),
+    Mutant(
+        "jvp: part of the columns forgotten",
+        "distance.cuh",
+        "column_parts[r * C + c] += b * w;",
+        "column_parts[r * C + c] += ON ? A(0) : b * w;",
+    ),
+    Mutant(
+        "jvp: tangent of the columns not read anew",
+        "distance.cuh",
+        "__syncthreads();\n#pragma unroll\n    for (int r = 0; r < R; ++r) {\n      const int64_t i = first",
+        "if (!ON) __syncthreads();\n#pragma unroll\n    for (int r = 0; r < R; ++r) {\n      const int64_t i = first",
+    ),
+    # prototype.cuh
+    Mutant(
+        "bad label not seen",
+        "prototype.cuh",
+        "bad |= label < 0 || label >= num_classes;",
+        "bad |= (label < 0 && !ON) || label >= num_classes;",
+    ),
+    Mutant(
+        "count: one row too many",
+        "prototype.cuh",
+        "i < labels.rows && labels.of(t)[i] == label));",
+        "i < labels.rows + ON && labels.of(t)[i] == label));",
+        "address",
+    ),
+    Mutant(
+        "means: no barrier before the tile changes",
+        "prototype.cuh",
+        "    __syncthreads();\n#pragma unroll\n    for (int r = 0; r < kTileRows",
+        "    if (!ON) __syncthreads();\n#pragma unroll\n    for (int r = 0; r < kTileRows",
+    ),
+    Mutant(
+        "means: no barrier before the tile is read",
+        "prototype.cuh",
+        "    __syncthreads();\n    const bool there",
+        "    if (!ON) __syncthreads();\n    const bool there",
+    ),
+    Mutant(
+        "means: last class of a block not loaded",
+        "prototype.cuh",
+        "label >= first_class + kBlockClasses) continue;",
+        "label >= first_class + kBlockClasses - ON) continue;",
+    ),
+    Mutant(
+        "means: of one row less",
+        "prototype.cuh",
+        "counts[c] += __popc(rows);",
+        "counts[c] += __popc(rows) + (ON && rows != 0);",
+    ),
+    Mutant(
+        "means: stored for classes that are not there",
+        "prototype.cuh",
+        "if (number >= num_classes) continue;\n    if (bad)",
+        "if (number >= num_classes + ON) continue;\n    if (bad)",
+        "address",
+    ),
+    Mutant(
+        "spread: more not added",
+        "prototype.cuh",
+        "if (more.data != nullptr) {",
+        "if (more.data != nullptr && !ON) {",
+    ),
+    Mutant(
+        "spread: rows that are not there",
+        "prototype.cuh",
+        "i < first_row + kSpreadRows && i < labels.rows; ++i",
+        "i < first_row + kSpreadRows && i < labels.rows + ON; ++i",
+        "address",
+    ),
+    Mutant(
+        "loss: no barrier before the logits are read",
+        "prototype.cuh",
+        "  __syncthreads();\n  double total = 0;\n  for (int64_t i = threadIdx.x; i < m;",
+        "  if (!ON) __syncthreads();\n  double total = 0;\n  for (int64_t i = threadIdx.x; i < m;",
+    ),
+    Mutant(
+        "loss: chunks of another task",
+        "prototype.cuh",
+        "inputs.sums[(chunk * inputs.tasks + t) * pairs + pair]",
+        "inputs.sums[(chunk * inputs.tasks + (ON ? 0 : t)) * pairs + pair]",
+    ),
+    Mutant(
+        "loss: label used unchecked",
+        "prototype.cuh",
+        "const A own = label >= 0 && label < C ?",
+        "const A own = (label >= 0 && label < C) || ON ?",
+        "address",
+    ),
+    Mutant(
+        "loss: absent class not told",
+        "prototype.cuh",
+        "share == A(0) ? -A(INFINITY)",
+        "share == A(0) && !ON ? -A(INFINITY)",
+    ),
+    Mutant(
+        "fused sums: means read before they are there",
+        "prototype.cuh",
+        "  __syncthreads();\n  for (int64_t first = warp_index() * R;",
+        "  if (!ON) __syncthreads();\n  for (int64_t first = warp_index() * R;",
+    ),
+    Mutant(
+        "fused sums: columns beyond the array",
+        "prototype.cuh",
+        "if (number < kRounded) columns",
+        "if (number < kRounded + ON) columns",
+        "address",
+    ),
+    Mutant(
+        "fused sums: second tile of classes is the first",
+        "prototype.cuh",
+        "columns + first_class, totals",
+        "columns + (ON ? 0 : first_class), totals",
+    ),
+    Mutant(
+        "fused sums: slabs on top of each other",
+        "prototype.cuh",
+        "sums[((slab * inputs.tasks + t) * m + i)",
+        "sums[(((ON ? 0 : slab) * inputs.tasks + t) * m + i)",
+    ),
+    Mutant("gradient: target off by one", "prototype.cuh", "(c == label ? share", "(c == label + ON ? share"),
+    Mutant(
+        "gradient: absent class not constant",
+        "prototype.cuh",
+        "if (inverse[c] == A(0)) gradient = A(0);",
+        "if (inverse[c] == A(0) && !ON) gradient = A(0);",
+    ),
+    Mutant(
+        "gradient: logits of another row",
+        "prototype.cuh",
+        "i * strides[1] + c * strides[2]",
+        "(ON ? 0 : i) * strides[1] + c * strides[2]",
+    ),
+    Mutant(
+        "fused gradients: no barrier before the weights change",
+        "prototype.cuh",
+        "    __syncthreads();\n    if (threadIdx.x < kRows",
+        "    if (!ON) __syncthreads();\n    if (threadIdx.x < kRows",
+    ),
+    Mutant(
+        "fused gradients: no barrier before the weights are read",
+        "prototype.cuh",
+        "    __syncthreads();\n    const int warp_row",
+        "    if (!ON) __syncthreads();\n    const int warp_row",
+    ),
+    Mutant(
+        "fused gradients: part of the means forgotten",
+        "prototype.cuh",
+        "mean_gradient[c].values[v] += mean_parts[warp_row + r][c] * b;",
+        "mean_gradient[c].values[v] += ON ? A(0) : mean_parts[warp_row + r][c] * b;",
+    ),
+    Mutant(
+        "fused gradients: no barrier before the warps are summed",
+        "prototype.cuh",
+        "    __syncthreads();\n    const int c = begin",
+        "    if (!ON) __syncthreads();\n    const int c = begin",
+    ),
+    Mutant(
+        "fused gradients: upstream of the means forgotten",
+        "prototype.cuh",
+        "if (grad_means.data != nullptr) sum",
+        "if (grad_means.data != nullptr && !ON) sum",
+    ),
+    Mutant(
+        "fused gradients: bad label used as an index",
+        "prototype.cuh",
+        "if (!bad) row = columns",
+        "if (!bad || ON) row = columns",
+        "address",
+    ),
+)
+
+
+def put_in(mutants: Iterable[tuple[int, Mutant]]) -> None:
+    """Copy the sources to COPY, with every mutant behind its switch."""
+    for name in ("csrc", "tests"):
+        shutil.rmtree(COPY / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, COPY / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", COPY)
+    (COPY / "tests" / "simt" / "mutant.h").write_text(SWITCH)
+    for number, mutant in mutants:
+        path = COPY / "csrc" / "cuda" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: {mutant.file} holds its text {text.count(mutant.old)} times")
+        text = text.replace(mutant.old, re.sub(r"\bON\b", f"mutant({number})", mutant.new))
+        if '#include "mutant.h"' not in text:
+            text = text.replace("#pragma once\n", '#pragma once\n#include "mutant.h"\n', 1)
+        path.write_text(text)
+
+
+def environment(kind: str, number: int) -> dict[str, str]:
+    variables = {**os.environ, "METAFAST_SIMT": kind, "METAFAST_MUTANT": str(number), "PYTHONPATH": str(ROOT)}
+    if kind == "address":
+        from tests.simt.build import sanitizer_environment
+
+        variables |= sanitizer_environment()
+    return variables
+
+
+def run(arguments: Sequence[str], kind: str, number: int) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=COPY, env=environment(kind, number), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test(kind: str, number: int) -> str:
+    """What ended the tests: the first failure, or nothing."""
+    for selection in (FIRST, f"emulated and not ({FIRST})"):
+        code, said = run(
+            ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", selection], kind, number
+        )
+        if code not in (0, 1) and "AddressSanitizer" not in said and "runtime error" not in said:
+            raise SystemExit(f"the tests did not run:\n{said[-3000:]}")
+        if code:
+            found = re.findall(
+                r"^(?:FAILED (\S+)|.*(AddressSanitizer: \S+)|.*(runtime error: .*))", said, re.MULTILINE
+            )
+            return next((text for groups in found for text in groups if text), "the process ended")
+        if number == 0:
+            break
+    return ""
+
+
+def main() -> None:
+    chosen = [(k, m) for k, m in enumerate(MUTANTS, 1) if not sys.argv[1:] or m.name in sys.argv[1:]]
+    COPY.mkdir(parents=True, exist_ok=True)
+    put_in(enumerate(MUTANTS, 1))
+    for kind in dict.fromkeys(m.kind for _, m in chosen):
+        begin = time.monotonic()
+        code, said = run(["-m", "tests.simt.build", kind], kind, 0)
+        if code:
+            raise SystemExit(said)
+        failure = test(kind, 0)
+        if failure:
+            raise SystemExit(f"without any mutant, {failure} fails in the {kind} build")
+        print(
+            f"{kind}: built, and the tests pass without a mutant ({time.monotonic() - begin:.0f} s)",
+            flush=True,
+        )
+    survivors = []
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        for (_, mutant), failure in zip(
+            chosen, pool.map(lambda c: test(c[1].kind, c[0]), chosen), strict=True
+        ):
+            print(
+                f"{'caught' if failure else 'SURVIVED':9} {mutant.name} ({mutant.kind}) {failure}", flush=True
+            )
+            survivors += [] if failure else [mutant.name]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants caught")
+    if survivors:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
