@@ -89,11 +89,16 @@ Tensor pairwise_distance_jvp(const Tensor& x_any, const Tensor& y_any, const Ten
   const auto stream = cuda::current_stream(x);
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
+    using A = accumulate_t<S>;
     dispatch_metric(metric, [&](auto functor) {
       using M = typename decltype(functor)::type;
       const auto rows_x = cuda::input_wide<S>(x), rows_y = cuda::input_wide<S>(y);
-      const int64_t one_chunk = cuda::slabs_of<S>(d);
-      const cuda::RowSquares<S, M> x_squares(x, one_chunk, stream), y_squares(y, one_chunk, stream);
+      const cuda::Scratch<A> x_squares(x, M::kRows ? T * n : 0), y_squares(x, M::kRows ? T * m : 0);
+      if constexpr (M::kRows) {
+        const int64_t one_chunk = cuda::slabs_of<S>(d);
+        cuda::launch_row_squares<S>(rows_x, x_squares.data(), T, n, d, one_chunk, stream);
+        cuda::launch_row_squares<S>(rows_y, y_squares.data(), T, m, d, one_chunk, stream);
+      }
       cuda::launch_distance_jvp<S, M>(rows_x, rows_y, cuda::input_wide<S>(tangent_x), cuda::input_wide<S>(tangent_y),
                                       x_squares.data(), y_squares.data(), out.mutable_data_ptr<S>(), T, n, m, d,
                                       stream);

@@ -6,21 +6,6 @@
 
 namespace metafast::cuda {
 
-// The squared norms of all rows [T, n], where the metric needs them.
-template <class S, class M>
-class RowSquares {
- public:
-  RowSquares(const Tensor& x, int64_t chunk_slabs, Stream stream) : squares_(x, M::kRows ? x.size(0) * x.size(1) : 0) {
-    if constexpr (M::kRows) {
-      launch_row_squares<S>(input_wide<S>(x), squares_.data(), x.size(0), x.size(1), x.size(2), chunk_slabs, stream);
-    }
-  }
-  const accumulate_t<S>* data() const { return squares_.data(); }
-
- private:
-  Scratch<accumulate_t<S>> squares_;
-};
-
 // Of the rows of x [T, n, d] and y [T, m, d], contiguous each.
 template <class S, class M>
 class PairSums {
@@ -44,15 +29,17 @@ class PairSums {
   // totals [T, n, m] receives the sums over all features, and out the distances, where given.
   template <class Out>
   void finish(A* totals, Out* out) {
-    x_squares_.emplace(x_, plan_.chunk_slabs, stream_);
-    y_squares_.emplace(y_, plan_.chunk_slabs, stream_);
+    if constexpr (M::kRows) {
+      launch_row_squares<S>(input_wide<S>(x_), x_squares_.data(), tasks_, n_, d_, plan_.chunk_slabs, stream_);
+      launch_row_squares<S>(input_wide<S>(y_), y_squares_.data(), tasks_, m_, d_, plan_.chunk_slabs, stream_);
+    }
     launch_distance_finish<S, M, Out>(input_wide<S>(x_), input_wide<S>(y_), sums_.data(), x_squares(), y_squares(),
                                       totals, out, tasks_, n_, m_, d_, plan_.chunks, stream_);
   }
 
-  // After finish.
-  const A* x_squares() const { return x_squares_->data(); }
-  const A* y_squares() const { return y_squares_->data(); }
+  // The squared norms of the rows where the metric needs them, after finish.
+  const A* x_squares() const { return x_squares_.data(); }
+  const A* y_squares() const { return y_squares_.data(); }
 
  private:
   PairSums(const Tensor& x, const Tensor& y, const DistancePlan& plan, Stream stream)
@@ -64,14 +51,15 @@ class PairSums {
         d_(x.size(2)),
         plan_(plan),
         stream_(stream),
-        sums_(x, plan.chunks * tasks_ * n_ * m_) {}
+        sums_(x, plan.chunks * tasks_ * n_ * m_),
+        x_squares_(x, M::kRows ? tasks_ * n_ : 0),
+        y_squares_(x, M::kRows ? tasks_ * m_ : 0) {}
 
   Tensor x_, y_;
   int64_t tasks_, n_, m_, d_;
   DistancePlan plan_;
   Stream stream_;
-  Scratch<A> sums_;
-  std::optional<RowSquares<S, M>> x_squares_, y_squares_;
+  Scratch<A> sums_, x_squares_, y_squares_;
 };
 
 // What derivatives are made from: sums and squared norms where the metric's slope depends on them, and the distances if
@@ -87,16 +75,19 @@ class PairTotals {
     if (!M::kSlopeOfSum && !want_distances) return;
     sums_.emplace(x, y, stream);
     sums_->template finish<A>(totals_.data(), distances_.data());
+    x_squares_ = sums_->x_squares();
+    y_squares_ = sums_->y_squares();
   }
 
   const A* totals() const { return totals_.data(); }
   const A* distances() const { return distances_.data(); }
-  const A* x_squares() const { return sums_ ? sums_->x_squares() : nullptr; }
-  const A* y_squares() const { return sums_ ? sums_->y_squares() : nullptr; }
+  const A* x_squares() const { return x_squares_; }
+  const A* y_squares() const { return y_squares_; }
 
  private:
   Scratch<A> totals_, distances_;
   std::optional<PairSums<S, M>> sums_;
+  const A *x_squares_ = nullptr, *y_squares_ = nullptr;
 };
 
 }  // namespace metafast::cuda

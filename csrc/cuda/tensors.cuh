@@ -34,12 +34,15 @@ template <class A>
 class Scratch {
  public:
   Scratch(const Tensor& like, int64_t count) {
-    if (count > 0) tensor_ = torch::stable::new_empty(like, {count}, scalar_type<A>);
+    if (count == 0) return;
+    tensor_ = torch::stable::new_empty(like, {count}, scalar_type<A>);
+    data_ = tensor_->template mutable_data_ptr<A>();
   }
-  A* data() const { return tensor_ ? tensor_->template mutable_data_ptr<A>() : nullptr; }
+  A* data() const { return data_; }
 
  private:
   std::optional<Tensor> tensor_;
+  A* data_ = nullptr;
 };
 
 }  // namespace metafast::cuda
