@@ -51,8 +51,9 @@ demo: $(BUILT)
 	@echo "pictures: $(DEMO)/learning-curve.png"
 	@echo "          $(DEMO)/episode.png"
 
+# METAFAST_SIMT makes it an error that the emulator cannot be built.
 test: $(BUILT)
-	$(BIN)/python -m pytest $(ARGS)
+	METAFAST_SIMT=plain $(BIN)/python -m pytest $(ARGS)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

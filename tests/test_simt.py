@@ -110,15 +110,7 @@ DEVICE_ERROR = re.compile(
 def _environment(kind: str) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     environment["LD_LIBRARY_PATH"] = str(Path(torch.__file__).parent / "lib")
-    if kind == "address":
-        libraries = [
-            subprocess.check_output([build.compiler(), f"-print-file-name={name}"], text=True).strip()
-            for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
-        ]
-        environment["LD_PRELOAD"] = " ".join(libraries)
-        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=1"
-        environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
-    return environment
+    return {**environment, **(build.sanitizer_environment() if kind == "address" else {})}
 
 
 @functools.cache
