@@ -23,7 +23,7 @@ COMMANDS = [
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 2 and sum(command.startswith("metafast ") for command in COMMANDS) == 5
+    assert len(EXAMPLES) == 2 and sum(command.startswith("metafast ") for command in COMMANDS) == 6
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=["training loop", "torch.func"])

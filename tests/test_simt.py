@@ -138,16 +138,11 @@ def lines_of(kernel: str) -> range:
 
 
 def assert_located(text: str, kernel: str) -> None:
-    """The message names a line of the kernel, or of the function that copies for it; the kernel, block and thread."""
+    """The message names a line of the kernel, the kernel, block and thread."""
     found = DEVICE_ERROR.search(text)
     assert found is not None, text
     assert found["kernel"] == kernel
-    if found["file"].endswith("csrc/cuda/device.cuh"):
-        assert "copy" in kernel, text
-    else:
-        assert found["file"].endswith("tests/simt/planted.cuh") and int(found["line"]) in lines_of(kernel), (
-            text
-        )
+    assert found["file"].endswith("tests/simt/planted.cuh") and int(found["line"]) in lines_of(kernel), text
 
 
 each_kind = pytest.mark.parametrize("kind", KINDS)

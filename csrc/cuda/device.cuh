@@ -83,9 +83,9 @@ namespace metafast::cuda {
 using Stream = ::simt::Stream;
 
 template <int kBytes>
-void copy_async(void* shared, const void* global) {
+METAFAST_HOST_DEVICE void copy_async(void* shared, const void* global, ::simt::Location at = ::simt::Location::here()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async can move");
-  ::simt::copy_async(shared, global, kBytes);
+  ::simt::copy_async(shared, global, kBytes, at);
 }
 inline void commit_async() { ::simt::commit_async(); }
 template <int kGroups>
