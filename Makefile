@@ -46,10 +46,13 @@ demo: $(BUILT)
 	@$(BIN)/python -m metafast train --data glyphs --train-ways 30 --train-queries 5 --steps 900 --schedule cosine \
 	  --validate-every 300 --validation-episodes 100 --test-shots 1 5 --episodes 600 --overwrite --out $(DEMO)
 	@echo
+	@$(BIN)/python -m metafast analyze --checkpoint $(DEMO) --episodes 200
+	@echo
 	@env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.ratios --quick
 	@echo
 	@echo "pictures: $(DEMO)/learning-curve.png"
 	@echo "          $(DEMO)/episode.png"
+	@echo "          $(DEMO)/generalisation.png"
 
 # METAFAST_SIMT makes it an error that the emulator cannot be built.
 test: $(BUILT)

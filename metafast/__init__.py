@@ -2,15 +2,17 @@
 
 from metafast import data, learners, reference
 from metafast.backbones import Conv4
-from metafast.data import Episodes, EpisodeSampler, check
+from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
 from metafast.prototype import prototypes, prototypical_loss
-from metafast.training import evaluate, fit
+from metafast.training import analyze, evaluate, fit
 
 __all__ = [
     "Conv4",
     "EpisodeSampler",
     "Episodes",
+    "FixedEpisodes",
+    "analyze",
     "cdist",
     "check",
     "data",

@@ -21,7 +21,12 @@ from metafast._library import keep_pages, operator, vector_bits
 OLDEST_TORCH = (2, 11)
 #: What the packages of an extra are for.
 EXTRAS = {
-    "train": {"tqdm": "progress bars", "matplotlib": "pictures"},
+    "train": {
+        "tqdm": "progress bars",
+        "matplotlib": "pictures",
+        "PIL": "image files",
+        "tensorboard": "TensorBoard files",
+    },
     "bench": {"pytest": "timed cases", "pytest_benchmark": "timed cases", "matplotlib": "charts"},
 }
 #: Has a CUDA kernel only, and exists for this report.

@@ -12,7 +12,7 @@ import metafast.data
 
 folder = pathlib.Path(metafast.__file__).parent
 assert folder.is_relative_to(sysconfig.get_path("platlib")), f"{folder} is not the installed package"
-for name in ("py.typed", "data/omniglot_vinyals.txt"):
+for name in ("py.typed", "data/omniglot_vinyals.txt", "data/cub.txt"):
     assert importlib.resources.files(metafast).joinpath(name).is_file(), f"{name} was not installed"
 
 x = torch.randn(4, 3, 8, requires_grad=True)

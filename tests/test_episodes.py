@@ -72,6 +72,79 @@ def test_pinned_episodes_reach_the_device() -> None:
     assert torch.equal(moved.query_x.cpu(), fields()["query_x"])
 
 
+def test_some_of_the_tasks() -> None:
+    episodes = Episodes(**fields())
+    assert episodes[1:].tasks == 1 and torch.equal(episodes[1:].query_y, episodes.query_y[1:])
+    assert torch.equal(episodes[-1].support_x, episodes.support_x[1:])
+    assert [one.support_y.tolist() for one in episodes] == [[[0, 1, 2]], [[2, 1, 0]]]
+    assert episodes[:0].tasks == 0
+    with pytest.raises(IndexError, match=r"^tasks must be below 2, got 2$"):
+        episodes[2]
+    with pytest.raises(ValueError, match=r"^tasks must be at least -2, got -3$"):
+        episodes[-3]
+
+
+def targets(**changed: Any) -> dict[str, Any]:
+    """Fields of two regression tasks of one input and two outputs."""
+    right = fields(support_y=torch.zeros(2, 3, 2), query_y=torch.ones(2, 4, 2), ways=0)
+    return {**right, **changed}
+
+
+def test_regression() -> None:
+    episodes = Episodes(**targets())
+    assert episodes.regression and not Episodes(**fields()).regression
+    check(episodes)
+    assert episodes.to(dtype=torch.float64).query_y.dtype == torch.float64
+    assert episodes[0].query_y.shape == (1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        pytest.param(
+            {"support_y": torch.zeros(2, 3, dtype=torch.int64)},
+            TypeError,
+            "support_y must be floating point for 0 ways (regression), got torch.int64",
+            id="labels",
+        ),
+        pytest.param(
+            {"support_y": torch.zeros(2, 3)},
+            ValueError,
+            "support_y must have shape [2, 3, outputs], the targets of each row of support_x, got [2, 3]",
+            id="no-outputs",
+        ),
+        pytest.param(
+            {"query_y": torch.zeros(2, 3, 2)},
+            ValueError,
+            "query_y must have shape [2, 4, outputs], the targets of each row of query_x, got [2, 3, 2]",
+            id="rows",
+        ),
+        pytest.param(
+            {"query_y": torch.zeros(2, 4, 1)},
+            ValueError,
+            "query_y must have the trailing shape of support_y, [2], got [1]",
+            id="outputs",
+        ),
+        pytest.param(
+            {"query_y": torch.zeros(2, 4, 2, dtype=torch.float64)},
+            TypeError,
+            "query_y must have the dtype of support_y, torch.float32, got torch.float64",
+            id="dtype",
+        ),
+    ],
+)
+def test_regression_refuses(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        Episodes(**targets(**changed))
+
+
+def test_check_refuses_targets_that_are_not_finite() -> None:
+    query_y = torch.ones(2, 4, 2)
+    query_y[1, 2, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"^query_y must be finite, got \[inf, 1\.0\] at task 1, row 2$"):
+        check(Episodes(**targets(query_y=query_y)))
+
+
 def test_numpy_integer_ways() -> None:
     assert Episodes(**fields(ways=np.int64(3))).ways == 3
 
@@ -165,7 +238,7 @@ def test_no_query_rows() -> None:
             "query_y must be on the device of support_x, cpu, got meta",
             id="device",
         ),
-        pytest.param({"ways": 0}, ValueError, "ways must be at least 1, got 0", id="no-ways"),
+        pytest.param({"ways": -1}, ValueError, "ways must be at least 0, got -1", id="negative-ways"),
         pytest.param(
             {"ways": 2.0},
             TypeError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 import re
 import struct
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metafast.data._arguments import integer
+from metafast.data._splits import published_split
 from metafast.data.classes import ImageClasses
 
 _SIDE = 105
@@ -63,7 +63,7 @@ def omniglot(
             file.
     """
     size = integer("size", size, 1, _SIDE)
-    names = _characters(split)
+    names = published_split("omniglot_vinyals", split)
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -98,21 +98,6 @@ def omniglot(
         names,
         rotations,
     )
-
-
-def _characters(split: str) -> tuple[str, ...]:
-    """Names of the characters of a split, in the order of the published list."""
-    sections: dict[str, list[str]] = {}
-    text = importlib.resources.files("metafast.data").joinpath("omniglot_vinyals.txt").read_text("utf-8")
-    for line in text.splitlines():
-        if line.startswith("["):
-            section = sections.setdefault(line.strip("[]"), [])
-        elif not line.startswith("#"):
-            section.append(line)
-    sections["trainval"] = sections["train"] + sections["val"]
-    if not isinstance(split, str) or split not in sections:
-        raise ValueError(f"split must be 'train', 'val', 'trainval' or 'test', got {split!r}")
-    return tuple(sections[split])
 
 
 def _read(path: Path, rows: dict[str, int], drawings: list[list[bytes]]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,10 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
     """Write ``content`` (tensors and plain Python values; at least step, model and settings) atomically.
 
     Raises:
+        TypeError: a value that :func:`load_checkpoint` could not read back; what was there before is intact.
         OSError: the file could not be written; what was there before is intact.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, packed({"format": FORMAT, **content}))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load reports a damaged file by half a dozen exception types, down to the zip reader's.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = found.group(1) if found else (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"checkpoint: {path} is truncated, damaged or not a checkpoint of metafast ({reason[:120]})"
         ) from error
@@ -60,6 +62,43 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"checkpoint: {path} holds something else than a checkpoint of metafast ({FORMAT})"
         )
     return content
+
+
+def packed(content: Mapping[str, Any]) -> bytes:
+    """The bytes of a checkpoint, which were read back: a run that could not be resumed should not get far.
+
+    Raises:
+        TypeError: a value that is no tensor and no plain one.
+    """
+    saved = _saved(content)
+    try:
+        torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        for name, value in content.items():
+            try:
+                torch.load(io.BytesIO(_saved(value)), map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                found = re.search(r"GLOBAL (\S+)", str(error))
+                kind = "an object" if found is None else found.group(1)
+                raise TypeError(
+                    f"{name}: expected tensors and plain values (numbers, strings, lists, dicts), "
+                    f"which a checkpoint can hold, got {kind} among them"
+                ) from error
+        raise
+    return saved
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def random_states() -> dict[str, Any]:

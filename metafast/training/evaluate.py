@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metafast.data import Episodes
+from metafast.data import Classes, Episodes, EpisodeSampler, FixedEpisodes
+from metafast.learners import Outcome
+from metafast.training.distributed import ranks
 from metafast.training.progress import progress_bar
 
 BATCH_NORM_MODES = ("running", "transductive")
+#: Episodes that are taken of a source without end.
+DEFAULT_EPISODES = 1000
+#: Numbers that go through the encoder at once in :func:`episode_grid`, 1,000 images of 28 x 28.
+VALUES_AT_ONCE = 28 * 28 * 1000
+#: Seconds between looks at the results so far, which an accelerator has to wait for.
+LOOK_EVERY = 0.2
+
+Source = Callable[[int], Episodes] | Iterable[Episodes]
 
 
 @dataclass(frozen=True)
@@ -23,20 +35,19 @@ class Accuracy:
 
     Attributes:
         mean: mean over the episodes of the fraction of query images that were classified correctly.
-        interval: half-width of the 95 % confidence interval, ``1.96 s / sqrt(E)`` with the sample standard
-            deviation ``s`` of the ``E`` episodes.
-        episodes: ``E``.
-        ways, shots, queries: shape of the episodes; shots and queries are per class, None where they differ.
+        interval: half-width of the 95 % confidence interval (see :func:`confidence_interval`).
+        episodes: number of episodes ``E``.
+        ways, shots, queries: shape of the episodes; shots and queries are per class. None where they differ.
         batch_norm: ``"running"`` or ``"transductive"``; ``"none"`` for a learner without BatchNorm layers.
         seed: seed of the sampler, None for episodes that did not come from one.
         loss: mean loss over the episodes.
-        per_episode: ``[E]`` float64, the accuracy of every episode.
+        per_episode: ``[E]`` float64, the accuracy of every episode in its order.
     """
 
     mean: float
     interval: float
     episodes: int
-    ways: int
+    ways: int | None
     shots: int | None
     queries: int | None
     batch_norm: str
@@ -45,19 +56,18 @@ class Accuracy:
     per_episode: Tensor
 
     def __str__(self) -> str:
-        shape = f"{self.ways}-way"
-        shape += f" {self.shots}-shot" if self.shots is not None else ""
-        shape += f" {self.queries}-query" if self.queries is not None else ""
-        norm = "no BatchNorm" if self.batch_norm == "none" else f"{self.batch_norm} BatchNorm"
-        seed = "" if self.seed is None else f", seed {self.seed}"
-        return (
-            f"{100 * self.mean:.2f} % +- {100 * self.interval:.2f} "
-            f"({self.episodes} episodes, {shape}, {norm}{seed})"
-        )
+        parts = [f"{self.episodes} episodes"]
+        shape = ((self.ways, "way"), (self.shots, "shot"), (self.queries, "query"))
+        if any(number is not None for number, _ in shape):
+            parts.append(" ".join(f"{number}-{what}" for number, what in shape if number is not None))
+        parts.append("no BatchNorm" if self.batch_norm == "none" else f"{self.batch_norm} BatchNorm")
+        if self.seed is not None:
+            parts.append(f"seed {self.seed}")
+        return f"{100 * self.mean:.2f} % +- {100 * self.interval:.2f} ({', '.join(parts)})"
 
-    def as_dict(self) -> dict[str, object]:
-        """Everything but the values of the single episodes, as plain values for a JSON file."""
-        return {
+    def as_dict(self, per_episode: bool = False) -> dict[str, Any]:
+        """Plain values for a JSON file, those of the single episodes only if asked for."""
+        values: dict[str, Any] = {
             "accuracy": self.mean,
             "interval_95": self.interval,
             "episodes": self.episodes,
@@ -68,10 +78,48 @@ class Accuracy:
             "seed": self.seed,
             "loss": self.loss,
         }
+        if per_episode:
+            values["per_episode"] = self.per_episode.tolist()
+        return values
+
+
+class Accuracies(Mapping[Any, Accuracy]):
+    """Results of :func:`evaluate` for several sources, by their names; printing shows a table."""
+
+    def __init__(self, results: Mapping[Any, Accuracy]) -> None:
+        self._results = dict(results)
+
+    def __getitem__(self, key: Any) -> Accuracy:
+        return self._results[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __str__(self) -> str:
+        width = max((len(label(key)) for key in self), default=0)
+        return "\n".join(f"{label(key):{width}}  {accuracy}" for key, accuracy in self.items())
+
+    def as_dict(self, per_episode: bool = False) -> dict[str, dict[str, Any]]:
+        """Plain values for a JSON file."""
+        return {label(key): accuracy.as_dict(per_episode) for key, accuracy in self.items()}
+
+
+def label(key: Any) -> str:
+    """A key of :class:`Accuracies` in words: a pair of numbers is ways and shots."""
+    if isinstance(key, tuple) and len(key) == 2 and all(isinstance(number, int) for number in key):
+        return f"{key[0]}-way {key[1]}-shot"
+    return str(key)
 
 
 def confidence_interval(values: Tensor) -> float:
-    """Half-width of the 95 % interval of the mean of ``values [E]``: ``1.96 s / sqrt(E)``."""
+    """Half-width of the 95 % interval of the mean of ``values [E]``, ``1.96 s / sqrt(E)``.
+
+    ``s`` is the sample standard deviation (divisor ``E - 1``). 1.96 is the quantile of the normal distribution,
+    which the literature uses; Student's is larger by 1.3 % at 100 episodes and by 5 % at 25.
+    """
     return float(1.96 * values.double().std() / len(values) ** 0.5)
 
 
@@ -81,46 +129,187 @@ def learner_device(learner: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def episode_grid(
+    dataset: Classes | Sequence[Classes],
+    ways: Iterable[int] = (5,),
+    shots: Iterable[int] = (1,),
+    queries: int = 15,
+    count: int = DEFAULT_EPISODES,
+    seed: int = 0,
+) -> dict[tuple[int, int], FixedEpisodes]:
+    """Fixed test episodes for every pair of ways and shots, for one call of :func:`evaluate`.
+
+    Raises:
+        ValueError: episodes that the data set cannot give (see :class:`~metafast.data.EpisodeSampler`).
+    """
+    shots = tuple(shots)
+    return {
+        (way, shot): fixed_episodes(dataset, way, shot, queries, count, seed)
+        for way in ways
+        for shot in shots
+    }
+
+
+def fixed_episodes(
+    dataset: Classes | Sequence[Classes], ways: int, shots: int, queries: int, count: int, seed: int
+) -> FixedEpisodes:
+    """Fixed episodes in batches of about :data:`VALUES_AT_ONCE` numbers."""
+    sampler = EpisodeSampler(dataset, ways, shots, queries, seed=seed)
+    values = ways * (shots + queries) * sampler.datasets[0].row_shape.numel()
+    return FixedEpisodes(sampler, count, batch=max(1, VALUES_AT_ONCE // max(1, values)))
+
+
+@overload
 def evaluate(
     learner: nn.Module,
-    episodes: Callable[[int], Episodes] | Iterable[Episodes],
-    count: int | None = 1000,
+    episodes: Mapping[Any, Source],
+    count: int | None = None,
     *,
     batch_norm: str = "running",
     progress: str = "evaluation",
-) -> Accuracy:
+) -> Accuracies: ...
+
+
+@overload
+def evaluate(
+    learner: nn.Module,
+    episodes: Source,
+    count: int | None = None,
+    *,
+    batch_norm: str = "running",
+    progress: str = "evaluation",
+) -> Accuracy: ...
+
+
+def evaluate(
+    learner: nn.Module,
+    episodes: Source | Mapping[Any, Source],
+    count: int | None = None,
+    *,
+    batch_norm: str = "running",
+    progress: str = "evaluation",
+) -> Accuracy | Accuracies:
     """Classify the query images of ``count`` episodes.
 
-    Runs in inference mode and evaluation mode and puts the learner's training mode back. Running statistics
-    of BatchNorm layers are read or ignored, never changed.
+    Runs under ``torch.no_grad`` (an inner loop may switch gradients on again) and in evaluation mode, and
+    puts the training mode of every module back. Running statistics of BatchNorm layers are read or ignored,
+    never changed. The processes of torchrun share out the batches, and each gets the result of all of them.
 
     Args:
         learner: ``learner(episodes) -> Outcome(loss, logits [T, m, C])``.
-        episodes: an :class:`~metafast.data.EpisodeSampler`, whose steps 0, 1, 2 ... are taken, or batches of
-            episodes with equal ways.
+        episodes: a sampler, whose steps 0, 1, 2 ... are taken, or another function of the step; or any iterable
+            of batches, such as :class:`~metafast.data.FixedEpisodes`; or a mapping from names to such sources,
+            such as :func:`episode_grid` gives for several ways and shots. Ways and shots may vary.
         count: number of episodes ``E``, at least 2. Surplus episodes of the last batch are left out. None
-            means all (not for a sampler, which has no end).
+            means all of an iterable and 1,000 of a sampler or function.
         batch_norm: ``"running"`` normalises by the running statistics of training, ``"transductive"`` by the
             statistics of the support and query images of each single episode.
         progress: title of the progress bar, which appears where standard error is a terminal.
 
+    Returns:
+        :class:`Accuracy`, and for a mapping :class:`Accuracies`, a mapping from the same names.
+
     Raises:
+        TypeError: ``episodes`` of another kind.
         ValueError: an unknown ``batch_norm``, or ``"running"`` for layers without running statistics; a
-            ``count`` below 2; episodes that end early or change their number of ways.
+            ``count`` below 2; episodes that end early; episodes of regression, which have no accuracy.
         FloatingPointError: NaN among the logits.
+    """
+    if isinstance(episodes, Mapping):
+        return Accuracies(
+            {
+                key: evaluate(
+                    learner, source, count, batch_norm=batch_norm, progress=f"{progress} {label(key)}".strip()
+                )
+                for key, source in episodes.items()
+            }
+        )
+    meter = Meter()
+    each_outcome(learner, episodes, count, meter.take, batch_norm, progress, meter.status)
+    return meter.result(batch_norm if batch_norm_layers(learner) else "none", getattr(episodes, "seed", None))
+
+
+class Meter:
+    """Collects what :func:`evaluate` reports, from the outcomes that :func:`each_outcome` gives."""
+
+    def __init__(self) -> None:
+        self.correct: list[Tensor] = []
+        self.losses: list[Tensor] = []
+        self.shapes: set[tuple[int, int, int]] = set()
+        self.first: tuple[int, int | None, int | None] | None = None
+        # Episodes that this process has seen the outcomes of.
+        self.own = 0
+
+    def take(self, episodes: Episodes, outcome: Outcome | None) -> None:
+        self.shapes.add((episodes.ways, episodes.support_y.shape[1], episodes.query_y.shape[1]))
+        # The number of rows of each class is read back from the device, so only once.
+        self.first = _shape(episodes) if self.first is None else self.first
+        if outcome is None:
+            zeros = episodes.support_y.new_zeros(episodes.tasks + 1, dtype=torch.float64)
+            self.correct.append(zeros[1:])
+            self.losses.append(zeros[0])
+            return
+        logits = outcome.logits
+        hits = (logits.argmax(-1) == episodes.query_y).double().mean(-1)
+        self.correct.append(torch.where(logits.isnan().any(-1).any(-1), torch.nan, hits))
+        self.losses.append(outcome.loss.double() * episodes.tasks)
+        self.own += episodes.tasks
+
+    def status(self) -> str:
+        """Loss and accuracy so far."""
+        if not self.own:
+            return ""
+        loss, hits = float(torch.stack(self.losses).sum()), float(torch.cat(self.correct).sum())
+        return f"loss {loss / self.own:.4f}, accuracy {100 * hits / self.own:.1f} %"
+
+    def result(self, batch_norm: str, seed: int | None) -> Accuracy:
+        """The accuracy over what was taken; on every process over what all of them have taken together."""
+        group = ranks()
+        per_episode = group.sum(torch.cat(self.correct)).cpu()
+        losses = group.sum(torch.stack(self.losses))
+        episodes = len(per_episode)
+        if per_episode.isnan().any():
+            first = int(per_episode.isnan().nonzero()[0])
+            raise FloatingPointError(
+                f"the logits of {int(per_episode.isnan().sum())} of {episodes} episodes hold NaN, "
+                f"those of episode {first} first"
+            )
+        assert self.first is not None
+        ways, shots, queries = self.first
+        same_ways = len({shape[0] for shape in self.shapes}) == 1
+        return Accuracy(
+            mean=float(per_episode.mean()),
+            interval=confidence_interval(per_episode),
+            episodes=episodes,
+            ways=ways if same_ways else None,
+            shots=shots if len({shape[1] / shape[0] for shape in self.shapes}) == 1 else None,
+            queries=queries if len({shape[2] / shape[0] for shape in self.shapes}) == 1 else None,
+            batch_norm=batch_norm,
+            seed=seed,
+            loss=float(losses.sum() / episodes),
+            per_episode=per_episode,
+        )
+
+
+def each_outcome(
+    learner: nn.Module,
+    episodes: Source,
+    count: int | None,
+    take: Callable[[Episodes, Outcome | None], None],
+    batch_norm: str = "running",
+    progress: str = "evaluation",
+    status: Callable[[], str] | None = None,
+) -> None:
+    """Give ``take`` each batch with the learner's outcome on it, in evaluation mode and without gradients.
+
+    Several processes share out the batches: the outcome is None on those that another one works on.
+    Arguments and errors are those of :func:`evaluate`; ``status`` tells the progress bar of the results so far.
     """
     if batch_norm not in BATCH_NORM_MODES:
         raise ValueError(f"batch_norm: expected 'running' or 'transductive', got {batch_norm!r}")
     if count is not None and count < 2:
         raise ValueError(f"count: expected at least 2 episodes (an interval needs them), got {count}")
-    if callable(episodes):
-        if count is None:
-            raise ValueError("count: a sampler has no end, so give the number of episodes")
-        batches: Iterable[Episodes] = map(episodes, count_from())
-    else:
-        batches = episodes
-    norms = {name: module for name, module in learner.named_modules() if isinstance(module, _BatchNorm)}
-    has_norm = bool(norms)
+    norms = batch_norm_layers(learner)
     if batch_norm == "running":
         for name, norm in norms.items():
             if norm.running_mean is None:
@@ -128,72 +317,57 @@ def evaluate(
                     f"batch_norm: the layer {name} keeps no running statistics; "
                     "evaluate with batch_norm='transductive'"
                 )
+    batches, count = _batches(episodes, count)
     device = learner_device(learner)
-    shape: tuple[int, int | None, int | None] | None = None
-    correct: list[Tensor] = []
-    losses: list[Tensor] = []
+    group = ranks()
     done = 0
     bar = progress_bar(count, progress, " episodes", leave=False)
+    watched = status is not None and not getattr(bar, "disable", True)
+    looked = time.perf_counter()
     try:
-        with torch.inference_mode(), _evaluation_mode(learner, batch_norm):
-            for batch in batches:
-                if count is not None and done + batch.tasks > count:
-                    batch = _tasks(batch, 0, count - done)
-                batch = batch.to(device)
-                if shape is None:
-                    shape = _shape(batch)
-                elif batch.ways != shape[0]:
+        with torch.no_grad(), _evaluation_mode(learner, batch_norm):
+            for number, batch in enumerate(batches):
+                if batch.regression:
                     raise ValueError(
-                        f"episodes: expected {shape[0]} ways as in the first batch, got {batch.ways}"
+                        "episodes: expected classes, got regression tasks, which have no accuracy"
                     )
+                if count is not None and done + batch.tasks > count:
+                    batch = batch[: count - done]
+                batch = batch.to(device)
                 # Statistics of one episode at a time, or the result would depend on how many share a batch.
-                parts = (
-                    [_tasks(batch, task, task + 1) for task in range(batch.tasks)]
-                    if has_norm and batch_norm == "transductive"
-                    else [batch]
-                )
-                for part in parts:
-                    loss, logits = learner(part)
-                    hits = (logits.argmax(-1) == part.query_y).double().mean(-1)
-                    correct.append(torch.where(logits.isnan().any(-1).any(-1), torch.nan, hits))
-                    losses.append(loss.double() * part.tasks)
+                alone = bool(norms) and batch_norm == "transductive"
+                for part in [batch[task] for task in range(batch.tasks)] if alone else [batch]:
+                    take(part, learner(part) if group.takes(number) else None)
                 done += batch.tasks
+                if watched and status is not None and time.perf_counter() - looked >= LOOK_EVERY:
+                    bar.set_postfix_str(status(), refresh=False)
+                    looked = time.perf_counter()
                 bar.update(batch.tasks)
-                if count is not None and done == count:
+                if done == count:
                     break
     finally:
         bar.close()
-    if shape is None or done < 2 or (count is not None and done < count):
+    if done < 2 or (count is not None and done < count):
         raise ValueError(f"episodes: expected {count or 'at least 2'}, got {done}")
-    per_episode = torch.cat(correct).cpu()
-    if per_episode.isnan().any():
-        first = int(per_episode.isnan().nonzero()[0])
-        raise FloatingPointError(
-            f"the logits of {int(per_episode.isnan().sum())} of {done} episodes hold NaN, "
-            f"those of episode {first} first"
+
+
+def _batches(episodes: Source, count: int | None) -> tuple[Iterable[Episodes], int | None]:
+    """The batches of a source, and how many episodes to take of them if that is known."""
+    if isinstance(episodes, Episodes):
+        return [episodes], count
+    if callable(episodes):
+        return map(episodes, count_from()), DEFAULT_EPISODES if count is None else count
+    if not isinstance(episodes, Iterable):
+        raise TypeError(
+            "episodes: expected a sampler, batches of Episodes or a mapping of them, "
+            f"got {type(episodes).__name__}"
         )
-    return Accuracy(
-        mean=float(per_episode.mean()),
-        interval=confidence_interval(per_episode),
-        episodes=done,
-        ways=shape[0],
-        shots=shape[1],
-        queries=shape[2],
-        batch_norm=batch_norm if has_norm else "none",
-        seed=getattr(episodes, "seed", None),
-        loss=float(torch.stack(losses).sum() / done),
-        per_episode=per_episode,
-    )
+    return episodes, episodes.count if count is None and isinstance(episodes, FixedEpisodes) else count
 
 
-def _tasks(episodes: Episodes, start: int, stop: int) -> Episodes:
-    return Episodes(
-        episodes.support_x[start:stop],
-        episodes.support_y[start:stop],
-        episodes.query_x[start:stop],
-        episodes.query_y[start:stop],
-        episodes.ways,
-    )
+def batch_norm_layers(learner: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of a learner by their names."""
+    return {name: module for name, module in learner.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def _shape(episodes: Episodes) -> tuple[int, int | None, int | None]:

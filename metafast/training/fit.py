@@ -8,7 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from metafast._library import keep_pages
 from metafast.data import Episodes
@@ -25,19 +26,34 @@ from metafast.data.episodes import check
 from metafast.training.checkpoint import (
     CheckpointError,
     load_checkpoint,
+    packed,
     random_states,
     restore_random_states,
     save_checkpoint,
 )
-from metafast.training.evaluate import Accuracy, evaluate, learner_device
+from metafast.training.distributed import (
+    RankLostError,
+    StepSum,
+    ranks,
+    shared_out,
+    synchronised,
+)
+from metafast.training.evaluate import Accuracy, batch_norm_layers, evaluate, learner_device
+from metafast.training.events import EventFiles
+from metafast.training.files import remove_leftovers
 from metafast.training.history import History, HistoryFile, Row, read_history
-from metafast.training.progress import progress_bar, say
+from metafast.training.progress import Speed, progress_bar, say
+from metafast.training.result import environment, optimizer_settings, plain, write_result
 
 LAST = "checkpoint-last.pt"
 BEST = "checkpoint-best.pt"
 METRICS = "metrics.csv"
-SCHEDULES = ("halve", "cosine", "constant")
+RESULT = "result.json"
+EVENTS = "tensorboard"
+SCHEDULES = ("step", "cosine", "constant")
+#: Those that need no scaling of the loss.
 PRECISIONS = ("float32", "bfloat16")
+SCALED_PRECISIONS = ("float16",)
 
 #: Steps between reading losses back, by type of device; an accelerator has to wait for it.
 READ_EVERY = {"cpu": 1}
@@ -59,14 +75,19 @@ def fit(
     train: Sampler,
     steps: int,
     *,
-    validation: Sampler | None = None,
+    validation: Callable[[int], Episodes] | Iterable[Episodes] | None = None,
     validation_episodes: int = 400,
     validate_every: int = 500,
+    patience: int | None = None,
     batch_norm: str = "running",
     optimizer: Optimizer | None = None,
-    schedule: str | LRScheduler = "halve",
-    halve_every: int = 2000,
+    schedule: str | LRScheduler = "step",
+    decay_every: int = 2000,
+    decay: float = 0.5,
+    warm_up: int = 0,
+    clip_norm: float | None = None,
     precision: str = "float32",
+    sync_batch_norm: bool = True,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -80,67 +101,128 @@ def fit(
     the best validation (without validation: the last) and is in evaluation mode. :func:`metafast.check` looks
     at the episodes of the first step.
 
-    The folder ``out`` holds ``metrics.csv`` (a row per step), ``checkpoint-last.pt`` and
-    ``checkpoint-best.pt``. Checkpoints are replaced atomically, so a kill at any moment leaves complete ones.
-    A resumed run on the CPU continues bit for bit: the checkpoint has the weights, the optimiser, the
-    schedule, the step and the states of the random number generators; ``train`` is a function of the step.
+    The folder ``out`` holds
+
+    - ``metrics.csv``, a row per step, and the same for TensorBoard in ``tensorboard`` where that is installed;
+    - ``checkpoint-last.pt``: weights, optimiser, schedule, scale of the loss, step (which is the position of
+      ``train``), and the states of the random number generators of torch, numpy and Python;
+    - ``checkpoint-best.pt``, the weights of the best validation;
+    - ``result.json``, at the end: all settings, seed, versions, time, and the validation accuracy with its
+      interval.
+
+    Files are replaced atomically, so a kill at any moment leaves complete ones, and a run that is resumed
+    after it continues bit for bit on the CPU.
 
     BatchNorm layers train with the statistics of each batch. The process's allocator is told to keep its
     pages, which about halves the time of a step on the CPU.
+
+    **Several processes.** In a process group of torch.distributed (``torchrun``) every rank calls ``fit`` with
+    the same arguments. Each takes its share of a step's tasks; one all-reduce sums the gradients, so that the
+    update is that of one process with all tasks, to rounding. Validation is shared out and merged exactly.
+    All ranks start from the first one's weights, and it alone writes files. Random numbers that the learner
+    draws differ between the ranks. BatchNorm layers normalise by the images of all ranks (two
+    more small all-reduces per layer and step); with ``sync_batch_norm=False`` by those of their own rank,
+    and running statistics become the mean over the ranks. A layer under a transform of torch.func, which
+    sees single tasks, is the same either way.
 
     Args:
         learner: ``learner(episodes) -> Outcome``, already on its device.
         train: an :class:`~metafast.data.EpisodeSampler` or another function of the step.
         steps: number of optimiser steps, counted from the beginning also for a resumed run.
-        validation: sampler whose first episodes measure the validation accuracy.
+        validation: sampler whose first episodes measure the validation accuracy, or batches of episodes that
+            can be gone through again and again.
         validation_episodes: how many of them.
         validate_every: steps between validations (without validation, between checkpoints).
+        patience: stop early after so many validations in a row without a better accuracy; None never does.
         batch_norm: ``"running"`` or ``"transductive"``, for validation (see :func:`evaluate`).
         optimizer: Adam with a rate of 1e-3 if None, as in the paper on prototypical networks.
-        schedule: of the learning rate: ``"halve"`` every ``halve_every`` steps, ``"cosine"`` to 0 at the last
-            step, ``"constant"``, or a scheduler of ``optimizer``, stepped after every step.
-        precision: ``"bfloat16"`` runs the learner under autocast; distances, losses, parameters and
-            validation stay in float32.
+        schedule: of the learning rate: ``"step"`` multiplies it by ``decay`` every ``decay_every`` steps,
+            ``"cosine"`` lets it fall to 0 at the end of the last step, ``"constant"`` leaves it, or a scheduler
+            of ``optimizer``, stepped after every step.
+        decay_every, decay: for the schedule ``"step"``.
+        warm_up: number of first steps, in which the rate rises linearly, ``(step + 1) / warm_up`` of the
+            schedule's one; the cosine begins after them.
+        clip_norm: a gradient (of all the optimiser's parameters together) whose Euclidean norm is greater is
+            scaled down to this norm.
+        precision: ``"bfloat16"`` and ``"float16"`` run the learner under autocast; distances, losses,
+            parameters and validation stay in float32. For float16 the loss is scaled
+            (``torch.amp.GradScaler``): a step whose gradients overflow leaves the weights as they are.
+        sync_batch_norm: see above; without other processes it changes nothing.
         out: folder for the files, made if it is missing; None saves nothing.
         resume: go on from ``out/checkpoint-last.pt`` (from the beginning if there is none yet).
         overwrite: start again where ``out`` already holds a run.
         settings: plain values that describe the run, kept in the checkpoints; a resumed run must come with
-            equal ones.
+            equal ones. Likewise with equal arguments of this function that matter to the result.
         on_step: called with the :class:`Row` of every step.
 
     Raises:
         ValueError: bad arguments.
+        TypeError: settings, or the state of a scheduler, that a checkpoint cannot hold.
         CheckpointError: a damaged or foreign checkpoint, or one of a run with other settings.
         FileExistsError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` was given.
         NonFiniteError: the loss or a parameter became NaN or infinite. Checkpoints saved before are kept.
         Interrupted: Ctrl-C or SIGTERM; the last complete step was saved first.
+        RankLostError: another process died or does not answer. Checkpoints saved before are kept.
         OSError: a file could not be written; the files saved before are intact.
     """
-    for name, value in (
-        ("steps", steps),
-        ("validation_episodes", validation_episodes),
-        ("validate_every", validate_every),
-        ("halve_every", halve_every),
+    for name, value, smallest in (
+        ("steps", steps, 1),
+        ("validation_episodes", validation_episodes, 1),
+        ("validate_every", validate_every, 1),
+        ("decay_every", decay_every, 1),
+        ("warm_up", warm_up, 0),
+        ("patience", 1 if patience is None else patience, 1),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a positive int, got {value!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            wanted = "a positive int" if smallest else "an int from 0"
+            raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    if not 0 < decay < 1:
+        raise ValueError(f"decay: expected a number between 0 and 1, got {decay!r}")
+    if clip_norm is not None and not (clip_norm > 0 and math.isfinite(clip_norm)):
+        raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm!r}")
+    if precision not in (*PRECISIONS, *SCALED_PRECISIONS):
+        raise ValueError(f"precision: expected 'float32', 'bfloat16' or 'float16', got {precision!r}")
+    if patience is not None and validation is None:
+        raise ValueError("patience: early stopping needs validation episodes")
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them")
     if resume and out is None:
         raise ValueError("out: resume needs the folder of the run")
-    if isinstance(schedule, LRScheduler) and schedule.optimizer is not optimizer:
-        raise ValueError("schedule: expected a scheduler of the optimizer that is passed along")
+    if isinstance(schedule, LRScheduler):
+        if schedule.optimizer is not optimizer:
+            raise ValueError("schedule: expected a scheduler of the optimizer that is passed along")
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise ValueError("schedule: expected a scheduler that goes by the step, got ReduceLROnPlateau")
+        if warm_up:
+            raise ValueError("warm_up: expected 0 with a scheduler, which has its own course of the rate")
     keep_pages()
     if optimizer is None:
         optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+    if not isinstance(schedule, LRScheduler):
+        schedule = LambdaLR(optimizer, _Course(schedule, steps, decay_every, decay, warm_up))
+    # What the rows and weights depend on; a schedule of one's own is known by its name alone.
+    recorded: dict[str, Any] = optimizer_settings(optimizer)
+    if isinstance(schedule, LambdaLR) and isinstance(schedule.lr_lambdas[0], _Course):
+        recorded |= schedule.lr_lambdas[0].settings()
+    else:
+        recorded["schedule"] = type(schedule).__name__
+    recorded |= {"clip_norm": clip_norm, "precision": precision, "validate_every": validate_every}
+    if validation is not None:
+        recorded |= {"validation_episodes": validation_episodes, "batch_norm": batch_norm}
+    if ranks().count > 1:
+        recorded["sync_batch_norm"] = sync_batch_norm
+    if hasattr(train, "seed"):
+        recorded["seed"] = plain(train.seed)
     run = _Run(
         learner=learner,
         optimizer=optimizer,
-        schedule=_schedule(schedule, optimizer, steps, halve_every),
+        schedule=schedule,
         folder=None if out is None else Path(out),
         settings=dict(settings or {}),
+        recorded=recorded,
+        precision=precision,
+        clip_norm=clip_norm,
+        sync_batch_norm=sync_batch_norm,
         on_step=on_step,
     )
     run.open(resume, overwrite, steps)
@@ -152,25 +234,43 @@ def fit(
             learner, validation, validation_episodes, batch_norm=batch_norm, progress="validation"
         )
 
-    run.train(train, steps, validate, validate_every, precision)
-    run.finish()
+    run.train(train, steps, validate, validate_every, patience)
+    run.finish({"steps": steps, "patience": patience}, batch_norm)
     return run.history
 
 
-def _schedule(schedule: str | LRScheduler, optimizer: Optimizer, steps: int, halve_every: int) -> LRScheduler:
-    if isinstance(schedule, LRScheduler):
-        return schedule
-    if schedule == "halve":
-        return StepLR(optimizer, halve_every, gamma=0.5)
-    if schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    if schedule == "constant":
-        return LambdaLR(optimizer, _one)
-    raise ValueError(f"schedule: expected {', '.join(SCHEDULES)} or a scheduler, got {schedule!r}")
+class _Course:
+    """Course of the learning rate: its factor in each step. As an object, so that a scheduler can save it."""
 
+    def __init__(self, schedule: str, steps: int, decay_every: int, decay: float, warm_up: int) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected {', '.join(SCHEDULES)} or a scheduler, got {schedule!r}")
+        if schedule == "cosine" and warm_up >= steps:
+            raise ValueError(f"warm_up: expected fewer than the {steps} steps of the cosine, got {warm_up}")
+        self.schedule = schedule
+        self.steps = steps
+        self.decay_every = decay_every
+        self.decay = decay
+        self.warm_up = warm_up
 
-def _one(step: int) -> float:
-    return 1.0
+    def __call__(self, step: int) -> float:
+        factor = min(1.0, (step + 1) / self.warm_up) if self.warm_up else 1.0
+        if self.schedule == "step":
+            factor *= self.decay ** (step // self.decay_every)
+        elif self.schedule == "cosine" and step > self.warm_up:
+            # The rate after the last step is asked for as well.
+            part = min(1.0, (step - self.warm_up) / (self.steps - self.warm_up))
+            factor *= (1 + math.cos(math.pi * part)) / 2
+        return factor
+
+    def settings(self) -> dict[str, Any]:
+        """What the course depends on."""
+        found: dict[str, Any] = {"schedule": self.schedule, "warm_up": self.warm_up}
+        if self.schedule == "step":
+            found |= {"decay_every": self.decay_every, "decay": self.decay}
+        elif self.schedule == "cosine":
+            found["steps"] = self.steps
+        return found
 
 
 class _Run:
@@ -183,55 +283,109 @@ class _Run:
         schedule: LRScheduler,
         folder: Path | None,
         settings: dict[str, Any],
+        recorded: dict[str, Any],
+        precision: str,
+        clip_norm: float | None,
+        sync_batch_norm: bool,
         on_step: Callable[[Row], None] | None,
     ) -> None:
         self.learner = learner
         self.device = learner_device(learner)
         self.optimizer = optimizer
         self.schedule = schedule
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision in SCALED_PRECISIONS)
+        self.autocast = None if precision == "float32" else getattr(torch, precision)
+        self.clip_norm = clip_norm
         self.folder = folder
         self.settings = settings
+        self.recorded = recorded
         self.on_step = on_step
+        self.ranks = ranks()
+        norms = list(batch_norm_layers(learner).values()) if self.ranks.count > 1 else []
+        self.synchronised_norms = norms if sync_batch_norm else []
+        self.step_sum = StepSum(learner, self.ranks, [] if sync_batch_norm else _running_statistics(norms))
         self.step = 0
         self.history = History()
-        self.file = HistoryFile(None if folder is None else folder / METRICS)
+        self.file = HistoryFile(folder / METRICS if folder is not None and self.ranks.first else None)
+        self.events = EventFiles(None, 0)
         self.best_model: dict[str, Any] | None = None
-        # (step, [loss, accuracy] on the device, learning rate) of steps whose numbers were not read back yet.
+        self.best_saved = True
+        # (step, [loss, right answers, answers, wishes to stop] on the device, learning rate) of steps whose
+        # numbers were not read back yet.
         self.unread: list[tuple[int, Tensor, float]] = []
         # Rows whose loss is in a line that was printed.
         self.said = 0
         self.seconds_before = 0.0
         self.begin = 0.0
+        self.stop_agreed = False
 
     def open(self, resume: bool, overwrite: bool, steps: int) -> None:
         """Make the folder; take up the run in it, or refuse to destroy it."""
+        found = self.ranks.by_first(lambda: self._open_folder(resume, overwrite))
+        if found is not None:
+            self._load(*found, steps)
+        elif self.ranks.count > 1:
+            # The same weights everywhere, but not the same dropout.
+            state = self.ranks.by_first(lambda: _on_cpu(self.learner.state_dict()))
+            self.learner.load_state_dict(state)
+            if not self.ranks.first:
+                torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+        self.ranks.by_first(self._begin_files)
+
+    def _open_folder(
+        self, resume: bool, overwrite: bool
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, list[Row]] | None:
+        """The last checkpoint, the best one and the rows up to the last, if there is a run to go on with."""
         if self.folder is None:
-            return
+            return None
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"out: expected a folder, got the file {self.folder}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"out: could not make the folder {self.folder} ({error.strerror})"
+            ) from error
         last = self.folder / LAST
         if last.exists() and not resume and not overwrite:
             raise FileExistsError(
                 f"out: {self.folder} already holds a run; resume it, overwrite it or choose another folder"
             )
-        if resume and last.exists():
-            self._load(load_checkpoint(last), steps)
-        else:
-            # Else a run stopped early would leave the checkpoints of another run beside its own metrics.
-            for name in (LAST, BEST):
+        if not (resume and last.exists()):
+            return None
+        checkpoint = load_checkpoint(last)
+        best = None
+        # Where the two steps are equal, a kill may have come before the best one was written.
+        if checkpoint.get("best_accuracy") is not None and checkpoint["best_step"] != checkpoint["step"]:
+            best = load_checkpoint(self.folder / BEST)
+            if best["step"] != checkpoint["best_step"]:
+                raise CheckpointError(
+                    f"resume: {self.folder / BEST} is of step {best['step']}, "
+                    f"{last} belongs to one of step {checkpoint['best_step']}"
+                )
+        return checkpoint, best, read_history(self.folder / METRICS, checkpoint["step"])
+
+    def _begin_files(self) -> None:
+        if self.folder is None:
+            return
+        # Better now than at the first save.
+        packed({"settings": self.settings, "schedule": self.schedule.state_dict()})
+        remove_leftovers(self.folder, (LAST, BEST, METRICS, RESULT))
+        if not self.step:
+            # Else a run stopped early would leave the files of another run beside its own metrics.
+            for name in (LAST, BEST, RESULT):
                 (self.folder / name).unlink(missing_ok=True)
         self.file.restart(self.history.rows)
+        if not self.best_saved:
+            self._save_best()
+        self.events = EventFiles(self.folder / EVENTS, self.step)
 
-    def _load(self, checkpoint: dict[str, Any], steps: int) -> None:
+    def _load(
+        self, checkpoint: dict[str, Any], best: dict[str, Any] | None, rows: list[Row], steps: int
+    ) -> None:
         assert self.folder is not None
         path = self.folder / LAST
-        saved, given = checkpoint["settings"], self.settings
-        different = [
-            f"{name} was {saved.get(name)!r}, is {given.get(name)!r}"
-            for name in sorted(saved.keys() | given.keys())
-            if saved.get(name) != given.get(name)
-        ]
+        different = _differences(checkpoint, self.settings, self.recorded)
         if different:
             raise CheckpointError(f"resume: {path} was made with other settings: {'; '.join(different)}")
         if checkpoint["step"] > steps:
@@ -240,20 +394,26 @@ class _Run:
             self.learner.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.schedule.load_state_dict(checkpoint["schedule"])
+            if checkpoint["scaler"]:
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.history.best_step = checkpoint["best_step"]
             self.history.best_accuracy = checkpoint["best_accuracy"]
-            random_state = checkpoint["random"]
+            random_states_of_ranks = checkpoint["random"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"resume: {path} does not fit this learner and optimizer: {error}"
             ) from error
-        if self.history.best_accuracy is not None:
-            self.best_model = load_checkpoint(self.folder / BEST)["model"]
         self.step = checkpoint["step"]
-        self.history.rows = read_history(self.folder / METRICS, self.step)
-        self.said = len(self.history.rows)
+        if best is not None:
+            self.best_model = best["model"]
+        elif self.history.best_step == self.step:
+            self.best_model, self.best_saved = checkpoint["model"], False
+        self.history.rows = rows
+        self.said = len(rows)
         self.seconds_before = self.history.seconds
-        restore_random_states(random_state)
+        # With more ranks than before, the new ones go on with what they have.
+        if self.ranks.rank < len(random_states_of_ranks):
+            restore_random_states(random_states_of_ranks[self.ranks.rank])
 
     def train(
         self,
@@ -261,54 +421,86 @@ class _Run:
         steps: int,
         validate: Callable[[], Accuracy | None],
         validate_every: int,
-        precision: str,
+        patience: int | None,
     ) -> None:
         read_every = READ_EVERY.get(self.device.type, READ_EVERY_ELSEWHERE)
         first, self.begin = self.step, time.perf_counter()
+        share = shared_out(train, self.ranks)
+        speed = Speed()
         bar = progress_bar(steps, "training", " steps", initial=first)
         try:
-            with _stop_request() as stop_requested:
-                while self.step < steps:
-                    episodes = train(self.step).to(self.device)
+            with _stop_request(aloud=self.ranks.first) as stop_requested:
+                while self.step < steps and not self._out_of_patience(patience):
+                    episodes, weight = share(self.step)
+                    episodes = episodes.to(self.device)
                     if self.step == first:
                         check(episodes)
-                    self._update(episodes, precision, read_every)
+                    self._update(episodes, weight, read_every, stop_requested())
+                    speed.add(round(episodes.tasks / weight))
                     bar.update(1)
-                    stopping = stop_requested()
+                    # Alone a process can stop at once; several agree on it with the next numbers they read.
+                    stopping = self.ranks.count == 1 and stop_requested()
                     at_validation = self.step % validate_every == 0 or self.step == steps
                     if at_validation or stopping or len(self.unread) >= read_every:
                         self._read()
+                        stopping = stopping or self.stop_agreed
                     if at_validation:
                         self._validate(validate, steps)
-                    self._hand_out(bar)
+                        speed.pause()
+                    self._hand_out(bar, speed)
                     if at_validation or stopping:
                         self._save()
+                        speed.pause()
                     if stopping:
                         raise Interrupted(self._stopped(steps))
         except NonFiniteError:
             # The steps that led to it are worth a look.
-            self._hand_out(bar)
-            self.file.flush()
+            self._hand_out(bar, speed)
+            self.ranks.by_first(self._flush)
             raise
+        except RankLostError as error:
+            raise RankLostError(f"{error}; {self._kept()}") from error
         finally:
             bar.close()
+            self.events.close()
+        if self.step < steps:
+            self.history.stopped_early = True
+            say(
+                f"stopped early after step {self.step} of {steps}: "
+                f"{self.history.validations_since_best} validations were no better than that of step "
+                f"{self.history.best_step}"
+            )
 
-    def _update(self, episodes: Episodes, precision: str, read_every: int) -> None:
+    def _out_of_patience(self, patience: int | None) -> bool:
+        return patience is not None and self.history.validations_since_best >= patience
+
+    def _update(self, episodes: Episodes, weight: float, read_every: int, stop: bool) -> None:
         self.learner.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, logits = self.learner(episodes)
-        accuracy = (logits.detach().argmax(-1) == episodes.query_y).double().mean()
-        values = torch.stack([loss.detach().double(), accuracy])
-        if read_every == 1 and not math.isfinite(float(values[0])):
+        with synchronised(self.synchronised_norms, self.ranks):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss, logits = self.learner(episodes)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+        right = torch.zeros((), dtype=torch.float64, device=self.device)
+        if not episodes.regression:
+            right = (logits.detach().argmax(-1) == episodes.query_y).sum().double()
+        answers = right.new_full((), 0 if episodes.regression else episodes.query_y.numel())
+        numbers = torch.stack([loss.detach().double() * weight, right, answers, answers.new_full((), stop)])
+        numbers = self.step_sum(numbers, weight)
+        if read_every == 1 and not math.isfinite(float(numbers[0])):
             # Before the update, so that the learner keeps the weights of the step before.
-            raise self._non_finite(self.step + 1, float(values[0]))
+            raise self._non_finite(self.step + 1, float(numbers[0]))
         rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with _first_step_left_out() if self.step == 0 else contextlib.nullcontext():
+            self.schedule.step()
         self.step += 1
-        self.unread.append((self.step, values, rate))
+        self.unread.append((self.step, numbers, rate))
 
     def _read(self) -> None:
         """Turn the numbers on the device into rows."""
@@ -316,10 +508,12 @@ class _Run:
             return
         seconds = self.seconds_before + time.perf_counter() - self.begin
         numbers = torch.stack([values for _, values, _ in self.unread]).tolist()
-        for (step, _, rate), (loss, accuracy) in zip(self.unread, numbers, strict=True):
+        for (step, _, rate), (loss, right, answers, stop) in zip(self.unread, numbers, strict=True):
             if not math.isfinite(loss):
                 raise self._non_finite(step, loss)
+            accuracy = right / answers if answers else math.nan
             self.history.rows.append(Row(step, loss, accuracy, rate, seconds))
+            self.stop_agreed |= stop > 0
         self.unread.clear()
 
     def _validate(self, validate: Callable[[], Accuracy | None], steps: int) -> None:
@@ -344,53 +538,72 @@ class _Run:
         if better:
             self._take_best(result.mean)
 
-    def _hand_out(self, bar: Any) -> None:
+    def _hand_out(self, bar: Any, speed: Speed) -> None:
         """Pass new rows on, once each and complete with their validation."""
         new = self.file.take_new(self.history.rows)
         for row in new:
             if self.on_step is not None:
                 self.on_step(row)
         if new:
-            best = self.history.best_accuracy
-            text = f"loss {new[-1].loss:.4f}, accuracy {100 * new[-1].accuracy:.1f} %"
-            text += "" if best is None else f", best validation {100 * best:.2f} %"
+            text = f"{speed}, loss {new[-1].loss:.4f}"
+            if not math.isnan(new[-1].accuracy):
+                text += f", accuracy {100 * new[-1].accuracy:.1f} %"
+            if self.history.best_accuracy is not None:
+                text += f", best validation {100 * self.history.best_accuracy:.2f} %"
             bar.set_postfix_str(text, refresh=False)
 
     def _take_best(self, accuracy: float | None) -> None:
-        """Remember the weights of this moment as the best ones, also in the folder."""
-        self._require_finite()
+        """Remember the weights of this moment as the best ones; the next save writes them."""
         self.best_model = {name: value.clone() for name, value in self.learner.state_dict().items()}
+        self.best_saved = False
         self.history.best_step, self.history.best_accuracy = self.step, accuracy
-        if self.folder is not None:
-            save_checkpoint(
-                self.folder / BEST,
-                {
-                    "step": self.step,
-                    "model": self.best_model,
-                    "settings": self.settings,
-                    "validation_accuracy": accuracy,
-                },
-            )
 
     def _save(self) -> None:
-        """Write the metrics, then the checkpoint that refers to them."""
+        """Write the metrics, then the checkpoint that refers to them, then the best one if it is new."""
         self._require_finite()
         if self.folder is None:
             return
-        self.file.flush()
+        states = self.ranks.gather(random_states())
+        self.ranks.by_first(lambda: self._write(states))
+        self.best_saved = True
+
+    def _write(self, states: Sequence[dict[str, Any]]) -> None:
+        assert self.folder is not None
+        rows = self._flush()
         save_checkpoint(
             self.folder / LAST,
             {
                 "step": self.step,
-                "model": self.learner.state_dict(),
+                "model": dict(self.learner.state_dict()),
                 "settings": self.settings,
+                "recorded": self.recorded,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
-                "random": random_states(),
+                "scaler": self.scaler.state_dict(),
+                "random": list(states),
                 "best_step": self.history.best_step,
                 "best_accuracy": self.history.best_accuracy,
             },
         )
+        if not self.best_saved:
+            self._save_best()
+        self.events.write(rows)
+
+    def _save_best(self) -> None:
+        assert self.folder is not None
+        save_checkpoint(
+            self.folder / BEST,
+            {
+                "step": self.history.best_step,
+                "model": self.best_model,
+                "settings": self.settings,
+                "validation_accuracy": self.history.best_accuracy,
+            },
+        )
+
+    def _flush(self) -> list[Row]:
+        """Write the rows that wait; they are the result."""
+        return self.file.flush()
 
     def _require_finite(self) -> None:
         """No checkpoint of broken weights may replace a good one."""
@@ -416,16 +629,72 @@ class _Run:
         kept = "" if self.folder is None else f"; {self.folder / LAST} holds it and resume goes on from there"
         return f"stopped after step {self.step} of {steps}{kept}"
 
-    def finish(self) -> None:
-        """Leave the best weights in the learner."""
+    def _kept(self) -> str:
+        if self.folder is None or not (self.folder / LAST).exists():
+            return "no checkpoint was saved yet"
+        return f"resume goes on from {self.folder / LAST}"
+
+    def finish(self, arguments: dict[str, Any], batch_norm: str) -> None:
+        """Leave the best weights in the learner, and the result in the folder."""
         if self.best_model is not None:
             self.learner.load_state_dict(self.best_model)
         self.learner.eval()
+        history = self.history
+        best = next((row for row in history.validations if row.step == history.best_step), None)
+        history.result = {
+            "settings": plain(self.settings),
+            "fit": {**self.recorded, **arguments},
+            "seed": self.recorded.get("seed"),
+            "environment": environment(self.device),
+            "batch_norm": {"train": "batch", "evaluation": batch_norm},
+            "steps": len(history.rows),
+            "stopped_early": history.stopped_early,
+            "train_seconds": round(history.seconds, 1),
+            "best_step": history.best_step,
+            "best_validation_accuracy": history.best_accuracy,
+            "best_validation_interval": None if best is None else best.validation_interval,
+        }
+        if self.folder is not None:
+            folder = self.folder
+            self.ranks.by_first(lambda: write_result(folder / RESULT, history.result))
 
 
 @contextlib.contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C or SIGTERM only sets a flag; a second one acts at once."""
+def _first_step_left_out() -> Iterator[None]:
+    """Without torch's warning that the schedule comes before the optimiser: the scaler may leave its first step out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        yield
+
+
+def _differences(
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], recorded: Mapping[str, Any]
+) -> list[str]:
+    """What a resumed run was given otherwise than the run that made the checkpoint."""
+    saved, given = dict(checkpoint["settings"]), dict(settings)
+    # What only one of them recorded says nothing: versions of torch differ in the options of an optimiser.
+    for name in checkpoint.get("recorded", {}).keys() & recorded.keys():
+        saved.setdefault(name, checkpoint["recorded"][name])
+        given.setdefault(name, recorded[name])
+    return [
+        f"{name} was {saved.get(name)!r}, is {given.get(name)!r}"
+        for name in sorted(saved.keys() | given.keys())
+        if saved.get(name) != given.get(name)
+    ]
+
+
+def _running_statistics(norms: Sequence[nn.Module]) -> list[Tensor]:
+    found = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+    return [value for value in found if value is not None]
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in state.items()}
+
+
+@contextlib.contextmanager
+def _stop_request(aloud: bool) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C or SIGTERM only sets a flag (``aloud``: and says so); a second one acts at once."""
     requested = False
     previous: dict[int, Any] = {}
 
@@ -433,8 +702,9 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
         nonlocal requested
         requested = True
         restore()
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+        if aloud:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
 
     def restore() -> None:
         for number, handler in previous.items():

@@ -7,9 +7,10 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from metafast.training.checkpoint import CheckpointError
-from metafast.training.files import write_atomically
+from metafast.training.files import named_errors, write_atomically
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Row:
     """One training step. ``step`` counts from 1; accuracies are fractions; NaN means not measured.
 
     Attributes:
-        loss, accuracy: mean over the query images of the step's episodes, before its update.
+        loss, accuracy: mean over the query images of the step's episodes, before its update. No accuracy in
+            regression.
         learning_rate: of the first parameter group, used by this step's update.
         seconds: wall time of training and validation so far, resumed runs added up.
         validation_accuracy, validation_interval, validation_loss: after this step's update.
@@ -44,11 +46,16 @@ class History:
         rows: every step since the first, those before a resume included.
         best_step: the step whose weights the learner holds now.
         best_accuracy: validation accuracy of that step, None without validation.
+        stopped_early: whether training ended because validation got no better, before its last step.
+        result: what was run, on what, how long and what came out, as plain values (see ``result.json`` in
+            :func:`metafast.training.fit`).
     """
 
     rows: list[Row] = field(default_factory=list)
     best_step: int = 0
     best_accuracy: float | None = None
+    stopped_early: bool = False
+    result: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -59,6 +66,11 @@ class History:
     def validations(self) -> list[Row]:
         """The rows that hold a validation."""
         return [row for row in self.rows if not math.isnan(row.validation_accuracy)]
+
+    @property
+    def validations_since_best(self) -> int:
+        """How many validations in a row were no better than the best one."""
+        return sum(row.step > self.best_step for row in self.validations)
 
 
 class HistoryFile:
@@ -83,15 +95,16 @@ class HistoryFile:
         self._pending += new
         return new
 
-    def flush(self) -> None:
-        """Append what is pending and sync it to the disk."""
+    def flush(self) -> list[Row]:
+        """Append what is pending and sync it to the disk; gives those rows."""
+        rows, self._pending = self._pending, []
         if self.path is None:
-            return
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write("".join(_line(row) + "\n" for row in self._pending))
+            return rows
+        with named_errors(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write("".join(_line(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
-        self._pending.clear()
+        return rows
 
 
 def read_history(path: Path, last_step: int) -> list[Row]:

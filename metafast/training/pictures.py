@@ -1,9 +1,10 @@
-"""Pictures of a training run. They need matplotlib (``pip install metafast[train]``)."""
+"""Pictures of training runs and reports. They need matplotlib (``pip install metafast[train]``)."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from typing import Any
 
 import numpy
@@ -11,13 +12,16 @@ import torch
 from torch import nn
 
 from metafast.data import Episodes
-from metafast.training.evaluate import learner_device
+from metafast.training.analyze import Report
+from metafast.training.evaluate import Accuracy, learner_device
 from metafast.training.files import write_atomically
 from metafast.training.history import History, Row
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#d9730d", "#2e8b57", "#c0282d", "#6b6b6b"
 #: Classes and images per class that still make a readable picture.
 MOST_CLASSES, MOST_SUPPORT, MOST_QUERIES = 20, 5, 15
+#: Share of the answers below which a bin of a reliability diagram says little.
+FEW_ANSWERS = 0.01
 
 
 def have_matplotlib() -> bool:
@@ -87,7 +91,7 @@ def draw_episode(learner: nn.Module, episodes: Episodes, path: str | os.PathLike
     training = learner.training
     learner.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             predicted = learner(episodes.to(learner_device(learner))).logits.argmax(-1).cpu()
     finally:
         learner.train(training)
@@ -170,6 +174,168 @@ def draw_episode(learner: nn.Module, episodes: Episodes, path: str | os.PathLike
         note += f"   (shown: {ways} of {episodes.ways} classes, their first {shots} and {queries} images)"
     write(0.1, 0.2, note, fontsize=9, va="center", color=GREY)
     _save(figure, path)
+
+
+def draw_report(report: Report, path: str | os.PathLike[str], title: str) -> None:
+    """The generalisation report on one page: curves, classes and data sets, reliability and the numbers."""
+    figure = _figure(13.0, 8.6)
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12, wspace=0.02, hspace=0.03, rect=(0, 0, 1, 0.93))
+    figure.text(0.012, 0.97, title, fontsize=13, fontweight="bold", va="center")
+    text = f"{report.setting()}. Bars and bands are 95 % intervals."
+    figure.text(0.012, 0.938, text, fontsize=9.5, color=GREY, va="center")
+    grid = figure.add_gridspec(2, 6)
+    chance = f"chance {100 / report.ways:.4g} %"
+    curves: list[tuple[str, dict[int, Accuracy], int | None, str]] = [
+        ("shots", report.by_shots, report.shots, chance),
+        ("ways", report.by_ways, report.ways, "chance 1 / ways"),
+    ]
+    if report.by_steps:
+        curves.append(("inner steps", report.by_steps, report.steps, chance))
+    span = 6 // len(curves)
+    for number, curve in enumerate(curves):
+        axes = figure.add_subplot(grid[0, number * span : (number + 1) * span])
+        _accuracy_curve(axes, *curve)
+    _places(figure.add_subplot(grid[1, :2]), report)
+    _reliability(figure.add_subplot(grid[1, 2:4]), report)
+    _numbers(figure.add_subplot(grid[1, 4:]), report)
+    _save(figure, path)
+
+
+def _accuracy_curve(
+    axes: Any, name: str, points: dict[int, Accuracy], marked: int | None, remark: str
+) -> None:
+    """Accuracy in percent with intervals at evenly spaced places; the setting of the report in bold."""
+    places = list(range(len(points)))
+    means = [100 * point.mean for point in points.values()]
+    intervals = [100 * point.interval for point in points.values()]
+    lower = [mean - half for mean, half in zip(means, intervals, strict=True)]
+    upper = [mean + half for mean, half in zip(means, intervals, strict=True)]
+    axes.fill_between(places, lower, upper, color=BLUE, alpha=0.15, lw=0)
+    axes.errorbar(places, means, intervals, fmt="o-", color=BLUE, ms=5, lw=1.5, capsize=3)
+    for place, mean, top in zip(places, means, upper, strict=True):
+        _value(axes, f"{mean:.1f}", (place, top))
+    height = max(max(upper) - min(lower), 4.0)
+    axes.set_ylim(min(lower) - 0.15 * height, max(upper) + 0.15 * height)
+    axes.set_xlim(-0.4, len(places) - 0.6)
+    axes.set_xticks(places, [f"{value}" for value in points])
+    if marked is not None:
+        axes.get_xticklabels()[list(points).index(marked)].set_fontweight("bold")
+    axes.set_xlabel(name)
+    axes.set_ylabel("accuracy in %")
+    axes.text(0.99, 0.02, remark, fontsize=8.5, color=GREY, ha="right", transform=axes.transAxes)
+    _panel(axes, f"accuracy against {name}")
+
+
+def _value(axes: Any, text: str, place: tuple[float, float]) -> None:
+    axes.annotate(text, place, xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8.5)
+
+
+def _places(axes: Any, report: Report) -> None:
+    """Accuracy on the classes of training, validation and test, and on other data sets."""
+    names = {"train": "training\nclasses", "validation": "validation\nclasses", "test": "test\nclasses"}
+    colours = {"train": GREEN, "validation": GREY, "test": BLUE}
+    rows = [(names[name], colours[name], value) for name, value in report.by_classes.items()]
+    rows += [(name, ORANGE, value) for name, value in report.by_data.items()]
+    test = 100 * report.by_classes["test"].mean
+    axes.axvline(test, color=BLUE, lw=0.8, ls=":")
+    lower = [100 * (value.mean - value.interval) for *_, value in rows]
+    upper = [100 * (value.mean + value.interval) for *_, value in rows]
+    for place, (_, colour, value) in enumerate(rows):
+        axes.errorbar(
+            100 * value.mean, place, xerr=100 * value.interval, fmt="o", color=colour, ms=6, capsize=3
+        )
+        text = f"{100 * value.mean:.1f}"
+        if value is not report.by_classes["test"]:
+            text += f"  ({100 * value.mean - test:+.1f})"
+        _value(axes, text, (100 * value.mean, place - 0.06))
+    width = max(max(upper) - min(lower), 4.0)
+    axes.set_xlim(min(lower) - 0.2 * width, max(upper) + 0.2 * width)
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
+    axes.set_xlabel("accuracy in %  (difference to test classes)")
+    _panel(axes, "seen and unseen classes, other data" if report.by_data else "seen and unseen classes")
+
+
+def _reliability(axes: Any, report: Report) -> None:
+    """Accuracy against confidence, and below it how the confidence is spread."""
+    axes.plot([0, 100], [0, 100], color=GREY, lw=1.0, ls="--", label="perfectly calibrated")
+    calibration = report.calibration
+    parts = [("softmax", BLUE, calibration.before)]
+    if calibration.after is not None and calibration.temperature is not None:
+        parts.append((f"temperature {calibration.temperature.value:.2f}", ORANGE, calibration.after))
+    largest = max(bin_.share for _, _, part in parts for bin_ in part.bins)
+    for number, (name, colour, part) in enumerate(parts):
+        # Bins of a few answers, which say little, are pale and not in the line.
+        for few in (True, False):
+            bins = [bin_ for bin_ in part.bins if bin_.share > 0 and (bin_.share < FEW_ANSWERS) == few]
+            if not bins:
+                continue
+            points = numpy.array(
+                [(bin_.confidence, bin_.accuracy, *bin_.interval) for bin_ in bins if bin_.interval]
+            )
+            confidence, accuracy, low, high = 100 * points.T
+            axes.errorbar(
+                confidence,
+                accuracy,
+                numpy.stack([accuracy - low, high - accuracy]).clip(0),
+                fmt="o" if few else "o-",
+                color=colour,
+                alpha=0.3 if few else 1.0,
+                ms=4,
+                lw=1.3,
+                elinewidth=0.8,
+                capsize=2,
+                label=None if few else f"{name}: error {100 * part.error.value:.1f} %",
+            )
+        # The spread of the confidence takes the lowest part of the panel.
+        middles = [50 * (bin_.low + bin_.high) + 1.3 * (2 * number - len(parts) + 1) for bin_ in part.bins]
+        heights = [18 * bin_.share / largest for bin_ in part.bins]
+        axes.bar(middles, heights, width=2.4, bottom=-28, color=colour, alpha=0.45, lw=0)
+    axes.axhline(-4, color="#c8c8c8", lw=0.8)
+    axes.text(1, -6, f"share of the answers, highest {100 * largest:.0f} %", fontsize=8, color=GREY, va="top")
+    axes.set_xlim(0, 101)
+    # The legend has the space above 100 %.
+    axes.set_ylim(-28, 132)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlabel("confidence in %")
+    axes.set_ylabel("accuracy in %")
+    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+    _panel(axes, "calibration on test classes")
+
+
+def _numbers(axes: Any, report: Report) -> None:
+    """The summary that is not read off the curves, and the notes."""
+    axes.set_axis_off()
+    rows = report.rows()
+    rows = rows[next(number for number, (title, *_) in enumerate(rows) if title == "classes") :]
+    notes = list(report.notes)
+    if not report.by_steps:
+        notes.insert(0, f"no inner steps: {report.learner} has none")
+    remarks = [line for note in notes for line in textwrap.wrap(note, 62)]
+    titles = sum(1 for title, *_ in rows if title)
+    scale = min(1.0, 17.5 / (len(rows) + 1.5 * titles + 0.7 * len(remarks)))
+    place = 1.0
+
+    def write(x: float, text: str, size: float, **style: Any) -> None:
+        axes.text(x, place, text, fontsize=size * scale, va="top", transform=axes.transAxes, **style)
+
+    for title, name, value in rows:
+        if title:
+            place -= 0.0 if place == 1.0 else 0.025 * scale
+            write(0.0, title, 9.5, fontweight="bold")
+            place -= 0.065 * scale
+        write(0.0, name, 8.7)
+        write(1.0, value.replace("+-", "±"), 8.7, ha="right")
+        place -= 0.058 * scale
+    place -= 0.02
+    write(0.0, "\n".join(remarks), 8, color=GREY)
+
+
+def _panel(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.grid(True, color="#e4e4e4", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _figure(width: float, height: float, constrained: bool = True) -> Any:

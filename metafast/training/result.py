@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from torch.optim import Optimizer
 
+from metafast.training.distributed import ranks
 from metafast.training.files import write_atomically
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Versions, device and threads. No names of hosts or users."""
+    """Versions, device, processes and threads of each. No names of hosts or users."""
     try:
         version = importlib.metadata.version("metafast")
     except importlib.metadata.PackageNotFoundError:
@@ -30,11 +33,46 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "metafast": version,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "numpy": numpy.__version__,
         "python": platform.python_version(),
         "device": device.type,
         "device_name": name,
+        "processes": ranks().count,
         "threads": torch.get_num_threads(),
     }
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON knows it: lists for tuples, numbers for 0-d tensors, text for what has no JSON form."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return without_absolute_path(str(value))
+
+
+def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
+    """Class of the optimiser and its numbers: those of all its parameters, and of each group where they differ.
+
+    The learning rate is the one before any schedule.
+    """
+    groups = [
+        {
+            name: plain(group.get("initial_lr", value) if name == "lr" else value)
+            for name, value in group.items()
+            if name not in ("params", "initial_lr")
+        }
+        for group in optimizer.param_groups
+    ]
+    found: dict[str, Any] = {"optimizer": type(optimizer).__name__, **groups[0]}
+    if any(group != groups[0] for group in groups):
+        found["groups"] = groups
+    return found
 
 
 def without_absolute_path(text: str) -> str:

@@ -1,0 +1,506 @@
+"""What the commands of the command line do with their options."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import metafast
+from metafast._library import keep_pages
+from metafast.backbones import Conv4
+from metafast.config import UsageError
+from metafast.data import Classes, EpisodeSampler, FixedEpisodes, ImageClasses
+from metafast.learners import ProtoNet
+from metafast.sources import ALL, SOURCES, Reading, open_splits, with_roots
+from metafast.training import CheckpointError, History, analyze, evaluate, fit, load_checkpoint, pictures
+from metafast.training.analyze import inner_steps
+from metafast.training.checkpoint import seed_generators
+from metafast.training.distributed import join, ranks
+from metafast.training.evaluate import fixed_episodes
+from metafast.training.progress import say
+from metafast.training.result import command_line, environment, plain, write_result
+
+METHODS = ("protonet",)
+#: Usual numbers, where the data set has as many classes and images.
+TRAIN_QUERIES, TEST_WAYS, TEST_QUERIES = 5, 5, 15
+
+Options = argparse.Namespace
+Datasets = dict[str, ImageClasses]
+
+
+def train(options: Options, arguments: Sequence[str]) -> int:
+    """``metafast train``: train a learner, test it and save both."""
+    _check_train_options(options)
+    out = options.out or Path("runs") / "-".join([options.method, *options.data])
+    device = _prepare(options)
+    seed_generators(options.seed)
+    roots = with_roots(options.data, options.root)
+    reading = Reading(
+        options.size,
+        1 if options.grey else None,
+        options.split_seed,
+        options.min_images,
+        options.skip_corrupt,
+    )
+    datasets, reading = open_splits(roots, options.split, reading, device)
+    tests, _ = open_splits(roots, "test", reading, device)
+    _fill_in_numbers(options, datasets, tests)
+    sampler = _made(
+        "training episodes",
+        options,
+        "--train-ways",
+        "--shots or --train-queries",
+        lambda: EpisodeSampler(
+            _one_or_all(datasets),
+            options.train_ways,
+            options.shots,
+            options.train_queries,
+            options.tasks,
+            options.seed,
+        ),
+    )
+    sources = _test_episodes(tests, options)
+    validation = None
+    if options.split == "train":
+        validation = _validation(open_splits(roots, "val", reading, device)[0], options)
+    settings = _settings(options, reading, validation)
+    learner = _learner(settings, device)
+    say(_introduction(options, roots, datasets, device))
+    if validation is None:
+        say("no validation: trainval leaves no classes for it, so the weights of the last step are tested")
+    try:
+        history = fit(
+            learner,
+            sampler,
+            options.steps,
+            validation=validation,
+            validation_episodes=options.validation_episodes,
+            validate_every=options.validate_every,
+            patience=options.patience,
+            batch_norm=options.batch_norm,
+            optimizer=torch.optim.Adam(learner.parameters(), lr=options.lr),
+            schedule=options.schedule,
+            decay_every=options.decay_every,
+            decay=options.decay,
+            warm_up=options.warm_up,
+            clip_norm=options.clip_norm,
+            precision=options.precision,
+            sync_batch_norm=options.sync_batch_norm,
+            out=out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            settings=settings,
+        )
+    except FileExistsError as error:
+        raise UsageError(
+            f"--out: {out} already holds a run; add --resume or --overwrite, or choose another"
+        ) from error
+    except CheckpointError as error:
+        raise UsageError(
+            f"{error}; give the options of that run to go on with it, or --overwrite to start again"
+        ) from error
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        if not hasattr(options, name):
+            raise
+        raise UsageError(f"--{name.replace('_', '-')}:{rest}") from error
+    say(
+        f"trained {len(history.rows)} steps in {history.seconds:.0f} s; "
+        f"testing the weights of step {history.best_step}"
+    )
+    begin = time.perf_counter()
+    results = _test(learner, sources, options)
+    result = {
+        "command": command_line(arguments),
+        "options": _recorded(options),
+        **history.result,
+        "test_seconds": round(time.perf_counter() - begin, 1),
+        "tests": results,
+    }
+    if ranks().first:
+        write_result(out / "result.json", result)
+        files = [out / "result.json", out / "metrics.csv", out / "checkpoint-best.pt"]
+        files += _draw_run(out, f"{options.method} on {_names(roots)}", history, learner, sources, options)
+        if options.record is not None:
+            write_result(options.record, result)
+            files.append(options.record)
+        say("saved " + ", ".join(str(file) for file in files))
+    return 0
+
+
+def _check_train_options(options: Options) -> None:
+    """What is wrong with the options by themselves, before any data is read."""
+    if options.resume and options.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite starts it again; give one of them")
+    if options.patience is not None and options.split == "trainval":
+        raise UsageError("--patience needs validation classes, which --split trainval does not leave")
+    if options.split_seed and "image-folder" not in options.data:
+        raise UsageError(
+            "--split-seed is for --data image-folder; the other data sets have splits of their own"
+        )
+    _check_folder("--record", options.record)
+    if options.temperature is None:
+        options.temperature = 10.0 if options.metric == "cosine" else 1.0
+
+
+def _check_folder(option: str, file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UsageError(f"{option}: there is no folder {file.parent}")
+
+
+def _prepare(options: Options) -> torch.device:
+    """Allocator, threads, processes and device."""
+    keep_pages()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        return join(options.device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+
+
+def _one_or_all(datasets: Datasets) -> Classes | list[ImageClasses]:
+    each = list(datasets.values())
+    return each[0] if len(each) == 1 else each
+
+
+def _smallest(datasets: Datasets) -> int:
+    """Images of the smallest class."""
+    return min(int(dataset.class_sizes.min()) for dataset in datasets.values())
+
+
+def _fewest(datasets: Datasets) -> int:
+    """Classes of the data set that has the fewest."""
+    return min(dataset.num_classes for dataset in datasets.values())
+
+
+def _fill_in_numbers(options: Options, datasets: Datasets, tests: Datasets) -> None:
+    """Usual numbers of ways and queries where none were given, as far as the data sets go."""
+    if options.train_ways is None:
+        usual = min(SOURCES[name].train_ways for name in datasets)
+        options.train_ways = min(usual, _fewest(datasets))
+    if options.train_queries is None:
+        options.train_queries = _at_most(TRAIN_QUERIES, _smallest(datasets) - options.shots)
+    _fill_in_test_numbers(options, tests)
+
+
+def _fill_in_test_numbers(options: Options, tests: Datasets) -> None:
+    if options.ways is None:
+        options.ways = [_at_most(TEST_WAYS, _fewest(tests))]
+    if options.queries is None:
+        options.queries = _at_most(TEST_QUERIES, _smallest(tests) - max(options.test_shots))
+
+
+def _at_most(usual: int, most: int) -> int:
+    """``usual``, or ``most`` if it is less; what is impossible anyway is left for the sampler to name."""
+    return min(usual, most) if most >= 1 else usual
+
+
+def _made(title: str, options: Options, ways: str, images: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives; its error says which options to change, those for too many ``ways`` or ``images``."""
+    try:
+        return make()
+    except ValueError as error:
+        fewer = f"; choose fewer with {images}"
+        if hasattr(options, "min_images"):
+            fewer += r", or leave out small classes with --min-images \1"
+        text = re.sub(r" \(dataset\.at_least\((\d+)\) leaves out what is too small\)", fewer, str(error))
+        if text.startswith("ways"):
+            text += f"; choose fewer with {ways}"
+        raise UsageError(f"{title}: {text}") from error
+
+
+def _test_episodes(tests: Datasets, options: Options) -> dict[tuple[str, int, int], FixedEpisodes]:
+    """Fixed episodes for each data set, number of ways and number of shots."""
+    return {
+        (name, ways, shots): _fixed(dataset, ways, shots, options)
+        for name, dataset in tests.items()
+        for ways in options.ways
+        for shots in options.test_shots
+    }
+
+
+def _fixed(dataset: Any, ways: int, shots: int, options: Options) -> FixedEpisodes:
+    fixed: FixedEpisodes = _made(
+        "test episodes",
+        options,
+        "--ways",
+        "--queries",
+        lambda: fixed_episodes(dataset, ways, shots, options.queries, options.episodes, options.test_seed),
+    )
+    return fixed
+
+
+def _validation(datasets: Datasets, options: Options) -> FixedEpisodes:
+    """The hardest of the test settings, which tells checkpoints apart best, as far as the classes go."""
+    ways, shots = min(max(options.ways), _fewest(datasets)), min(options.test_shots)
+    queries = _at_most(options.queries, _smallest(datasets) - shots)
+    if ways < max(options.ways):
+        say(f"validation is {ways}-way: there are no more validation classes")
+    fixed: FixedEpisodes = _made(
+        "validation episodes",
+        options,
+        "--ways",
+        "--queries",
+        lambda: fixed_episodes(
+            _one_or_all(datasets), ways, shots, queries, options.validation_episodes, options.test_seed
+        ),
+    )
+    return fixed
+
+
+def _settings(options: Options, reading: Reading, validation: FixedEpisodes | None) -> dict[str, Any]:
+    """What the weights depend on besides the arguments of fit: a resumed run must have the same."""
+    names = (
+        "method", "channels", "metric", "temperature", "learn_temperature", "data", "split", "train_ways",
+        "shots", "train_queries", "tasks", "seed",
+    )  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"encoder": "Conv4", "in_channels": reading.channels, "size": reading.size}
+    settings |= {name: getattr(reading, name) for name in ("split_seed", "min_images", "skip_corrupt")}
+    if validation is not None:
+        sampler: Any = validation.sampler
+        settings["validation"] = {
+            name: getattr(sampler, name) for name in ("ways", "shots", "queries", "seed")
+        }
+    return settings
+
+
+def _learner(settings: dict[str, Any], device: torch.device) -> ProtoNet:
+    encoder = Conv4(settings["in_channels"], settings["channels"])
+    learner = ProtoNet(encoder, settings["metric"], settings["temperature"], settings["learn_temperature"])
+    return learner.to(device)
+
+
+def _names(roots: Mapping[str, Path]) -> str:
+    """The data sets in words; an image folder has its own name."""
+    return " and ".join(root.name if name == "image-folder" else name for name, root in roots.items())
+
+
+def _introduction(
+    options: Options, roots: Mapping[str, Path], datasets: Datasets, device: torch.device
+) -> str:
+    group = ranks()
+    processes = f"{group.count} processes, " if group.count > 1 else ""
+    first = next(iter(datasets.values()))
+    size = "x".join(map(str, first.images.shape[1:]))
+    return (
+        f"{options.method} with Conv4-{options.channels} on {_names(roots)}: "
+        f"{sum(dataset.num_classes for dataset in datasets.values())} training classes, images {size}, "
+        f"{options.train_ways}-way {options.shots}-shot {options.train_queries}-query training, "
+        f"batch statistics in BatchNorm, {options.precision}, {processes}{device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _test(
+    learner: ProtoNet, sources: dict[tuple[str, int, int], FixedEpisodes], options: Options
+) -> list[dict[str, Any]]:
+    """Accuracies as plain values; each is printed when it is there."""
+    results = []
+    several = len({name for name, _, _ in sources}) > 1
+    for (name, ways, shots), episodes in sources.items():
+        title = f"{name} " if several else ""
+        accuracy = evaluate(
+            learner, episodes, batch_norm=options.batch_norm, progress=f"{title}{ways}-way {shots}-shot"
+        )
+        say(f"test {title}{accuracy}")
+        results.append({"data": name, **accuracy.as_dict(per_episode=getattr(options, "per_episode", False))})
+    return results
+
+
+def _recorded(options: Options) -> Any:
+    """All options as JSON values, without absolute paths."""
+    return plain(dict(sorted(vars(options).items())))
+
+
+def _draw_run(
+    out: Path,
+    title: str,
+    history: History,
+    learner: ProtoNet,
+    sources: dict[tuple[str, int, int], FixedEpisodes],
+    options: Options,
+) -> list[Path]:
+    """The learning curve, and an episode of the first test."""
+    if not _can_draw():
+        return []
+    curve, episode = out / "learning-curve.png", out / "episode.png"
+    validation = history.result["settings"].get("validation")
+    pictures.draw_learning_curve(
+        history,
+        curve,
+        title,
+        f"training, {options.train_ways}-way {options.shots}-shot",
+        f"validation, {validation['ways']}-way {validation['shots']}-shot" if validation else "",
+    )
+    (_, ways, shots), episodes = next(iter(sources.items()))
+    pictures.draw_episode(learner, episodes[0], episode, f"{title}: {ways}-way {shots}-shot test")
+    return [curve, episode]
+
+
+def _can_draw() -> bool:
+    if pictures.have_matplotlib():
+        return True
+    say("no pictures drawn: matplotlib is not installed (pip install metafast[train])")
+    return False
+
+
+def _load(options: Options) -> tuple[Path, dict[str, Any], ProtoNet, torch.device]:
+    """The file, the content and the learner of ``--checkpoint``, and the device."""
+    if options.checkpoint is None:
+        raise UsageError(
+            "--checkpoint is missing: the folder of a run, or a checkpoint in it, such as "
+            "--checkpoint runs/protonet-glyphs"
+        )
+    path: Path = options.checkpoint
+    if path.is_dir():
+        path = path / "checkpoint-best.pt"
+    try:
+        checkpoint = load_checkpoint(path)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise UsageError(f"--{error}") from error
+    device = _prepare(options)
+    settings = checkpoint["settings"]
+    try:
+        learner = _learner(settings, device)
+        learner.load_state_dict(checkpoint["model"])
+        _reading(settings), settings["data"], settings["split"]
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--checkpoint: {path} was not written by metafast train ({error})") from error
+    return path, checkpoint, learner, device
+
+
+def _reading(settings: dict[str, Any]) -> Reading:
+    names = ("size", "split_seed", "min_images", "skip_corrupt")
+    return Reading(channels=settings["in_channels"], **{name: settings[name] for name in names})
+
+
+def evaluate_checkpoint(options: Options, arguments: Sequence[str]) -> int:
+    """``metafast evaluate``: test a trained learner."""
+    _check_folder("--record", options.record)
+    if options.per_episode and options.record is None:
+        raise UsageError("--per-episode writes into the file of --record; give one")
+    _, checkpoint, learner, device = _load(options)
+    settings = checkpoint["settings"]
+    options.data = options.data or settings["data"]
+    tests, _ = open_splits(with_roots(options.data, options.root), options.split, _reading(settings), device)
+    _fill_in_test_numbers(options, tests)
+    sources = _test_episodes(tests, options)
+    begin = time.perf_counter()
+    results = _test(learner, sources, options)
+    if options.record is not None and ranks().first:
+        write_result(
+            options.record,
+            {
+                "command": command_line(arguments),
+                "options": _recorded(options),
+                "settings": settings,
+                "environment": environment(device),
+                "batch_norm": {"train": "batch", "evaluation": options.batch_norm},
+                "steps": checkpoint["step"],
+                "test_seconds": round(time.perf_counter() - begin, 1),
+                "tests": results,
+            },
+        )
+        say(f"saved {options.record}")
+    return 0
+
+
+def analyze_checkpoint(options: Options, arguments: Sequence[str]) -> int:
+    """``metafast analyze``: the generalisation report of a trained learner."""
+    path, checkpoint, learner, device = _load(options)
+    settings = checkpoint["settings"]
+    out: Path = options.out or path.parent
+    if not out.is_dir():
+        raise UsageError(f"--out: there is no folder {out}")
+    if options.vary_steps and inner_steps(learner) is None:
+        raise UsageError(f"--vary-steps: {settings['method']} does not adapt in steps; leave it out")
+    reading = _reading(settings)
+    roots = with_roots(settings["data"], options.root)
+    shift_roots = with_roots(options.shift_data or [], options.shift_root, "--shift-data", "--shift-root")
+    splits = {split: open_splits(roots, split, reading, device)[0] for split in (settings["split"], "test")}
+    if settings["split"] == "train":
+        splits["val"] = open_splits(roots, "val", reading, device)[0]
+    others: Datasets = {}
+    for name, root in shift_roots.items():
+        split = ALL if name == "image-folder" else "test"
+        opened, _ = open_splits({name: root}, split, reading, device, "--shift-root")
+        others[root.name if name == "image-folder" else name] = opened[name]
+    if options.ways is None:
+        options.ways = min(_at_most(TEST_WAYS, _fewest(part)) for part in (*splits.values(), others) if part)
+    if options.queries is None:
+        smallest = min(_smallest(part) for part in (*splits.values(), others) if part)
+        options.queries = _at_most(TEST_QUERIES, smallest - options.shots)
+    begin = time.perf_counter()
+    report = _made(
+        "analysis",
+        options,
+        "--ways or --vary-ways",
+        "--shots, --vary-shots or --queries",
+        lambda: analyze(
+            learner,
+            _one_or_all(splits["test"]),
+            train=_one_or_all(splits[settings["split"]]),
+            validation=_one_or_all(splits["val"]) if "val" in splits else None,
+            others=others,
+            ways=options.ways,
+            shots=options.shots,
+            queries=options.queries,
+            vary_ways=options.vary_ways,
+            vary_shots=options.vary_shots,
+            vary_steps=options.vary_steps,
+            episodes=options.episodes,
+            seed=options.seed,
+            batch_norm=options.batch_norm,
+        ),
+    )
+    title = f"generalisation of {settings['method']} on {_names(roots)}, step {checkpoint['step']}"
+    say(f"{title}\n{report}")
+    if not ranks().first:
+        return 0
+    files = [out / "generalisation.json"]
+    write_result(
+        files[0],
+        {
+            "command": command_line(arguments),
+            "options": _recorded(options),
+            "settings": settings,
+            "environment": environment(device),
+            "steps": checkpoint["step"],
+            "seconds": round(time.perf_counter() - begin, 1),
+            **report.as_dict(),
+        },
+    )
+    if _can_draw():
+        files.append(out / "generalisation.png")
+        pictures.draw_report(report, files[1], title)
+    say("saved " + ", ".join(str(file) for file in files))
+    return 0
+
+
+def bench(options: Options, arguments: Sequence[str]) -> int:
+    """``metafast bench``: time the operators against plain PyTorch, by the cases of the source tree."""
+    source = Path(metafast.__file__).resolve().parents[1]
+    if not (source / "benchmarks" / "ratios.py").is_file():
+        raise UsageError(
+            "the benchmarks are part of the source tree, not of the installed package: get the sources of "
+            "metafast and run metafast bench, or make bench, in an environment where they are installed "
+            "with pip install -e ."
+        )
+    if str(source) not in sys.path:
+        sys.path.insert(0, str(source))
+    ratios = importlib.import_module("benchmarks.ratios")
+    given = [] if options.full else ["--quick"]
+    given += [part for name in options.only for part in ("--only", name)]
+    if options.threads is not None:
+        given += ["--threads", str(options.threads)]
+    return int(ratios.main(given))
