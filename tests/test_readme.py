@@ -23,10 +23,10 @@ COMMANDS = [
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 2 and sum(command.startswith("metafast ") for command in COMMANDS) == 6
+    assert len(EXAMPLES) == 3 and sum(command.startswith("metafast ") for command in COMMANDS) == 9
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["training loop", "torch.func"])
+@pytest.mark.parametrize("code", EXAMPLES, ids=["training loop", "torch.func", "fit and analyze"])
 def test_examples_run(code: str) -> None:
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -35,10 +35,11 @@ def test_examples_run(code: str) -> None:
         assert list(getattr(names[name], "shape", ())) == [int(size) for size in shape.split(",")]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("metafast (train|evaluate)", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("metafast (train|evaluate|analyze)", c)])
 def test_commands_parse(command: str) -> None:
-    options = cli._parser().parse_args(shlex.split(command)[1:])
-    assert callable(options.run)
+    name, *arguments = shlex.split(command)[1:]
+    assert callable(cli.COMMANDS[name].run)
+    cli._options(name, arguments)
 
 
 def test_make_targets_exist() -> None:
