@@ -77,7 +77,7 @@ test-oldest: $(BUILT) $(OLDEST)
 	build/env-oldest/bin/python -m pytest tests/test_import.py tests/test_binary.py tests/test_values.py \
 	  tests/test_derivatives.py
 	@echo "building against the headers of torch $(OLDEST_TORCH_VERSION)"
-	@build/env-oldest/bin/python setup.py build_ext --build-temp build/oldest --build-lib build/oldest \
+	@TORCH_CUDA_ARCH_LIST=9.0 build/env-oldest/bin/python setup.py build_ext --build-temp build/oldest --build-lib build/oldest \
 	  > build/oldest.log 2>&1 || { cat build/oldest.log; exit 1; }
 
 # The kernels of csrc/cuda in the emulator; here they take 5 and 20 times as long, so large shapes are left out.
@@ -132,7 +132,7 @@ sdist: $(BUILT)
 	ls -l dist/metafast-*.tar.gz
 	$(call fresh_environment,build/env-sdist)
 	build/env-sdist/bin/python $(INSTALL) $(BUILD_TOOLS)
-	build/env-sdist/bin/python $(INSTALL) --no-build-isolation dist/metafast-*.tar.gz
+	TORCH_CUDA_ARCH_LIST=9.0 build/env-sdist/bin/python $(INSTALL) --no-build-isolation dist/metafast-*.tar.gz
 	$(call try_environment,build/env-sdist)
 
 clean:
