@@ -345,12 +345,16 @@ class TestAutograd:
             torch.testing.assert_close(2 * t.grad, leaf.grad)
 
 
-def test_prototypes_of_the_loss_operator(device: torch.device) -> None:
+@pytest.mark.parametrize("first", [0, 20], ids=["few classes", "many classes"])
+def test_prototypes_of_the_loss_operator(first: int, device: torch.device) -> None:
     """The operator's third output, which the public function keeps to itself, has its derivatives too."""
-    labels, query_labels = (torch.tensor(y, device=device) for y in ([[0, 1, 1]], [[1, 0]]))
+    labels, query_labels = (torch.tensor(y, device=device) + first for y in ([[0, 1, 1]], [[1, 0]]))
 
     def run(support: Tensor, query: Tensor) -> Any:
-        return torch.ops.metafast.prototypical_loss(support, labels, query, query_labels, None, 0.7, 2, 0)
+        loss, logits, means = torch.ops.metafast.prototypical_loss(
+            support, labels, query, query_labels, None, 0.7, first + 2, 0
+        )
+        return loss, logits[..., first:], means
 
     double = {"dtype": torch.float64, "device": device}
     inputs = [torch.randn(1, rows, 2, **double, requires_grad=True) for rows in (3, 2)]

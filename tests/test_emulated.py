@@ -69,3 +69,13 @@ def test_a_call_that_launches_nothing_is_an_error(monkeypatch: pytest.MonkeyPatc
 def test_the_probe_of_the_doctor_runs() -> None:
     with simt.emulated():
         assert torch.ops.metafast.cuda_probe(torch.arange(5.0)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_probe_of_the_doctor() -> None:
+    simt.module()
+    probe = torch.ops.metafast_simt.cuda_probe
+    x = torch.randn(40)
+    assert torch.equal(probe(x), x + 1)
+    assert probe(x[:0]).shape == (0,)
+    with pytest.raises(RuntimeError, match="x: expected up to 1024 numbers, got \\[2, 2\\]"):
+        probe(torch.zeros(2, 2))
