@@ -15,6 +15,10 @@ struct DistancePlan {
   int64_t chunk_slabs;  // slabs in a chunk
 };
 
+// What a warp of distance_sums_kernel holds: few columns leave registers for more rows.
+constexpr int kFewColumns = 5, kRowsOfFew = 6;
+constexpr int kManyColumns = 10, kRowsOfMany = 4;
+
 // sums[r][c] += what the metric adds over one slab of R rows and of C columns in shared memory.
 template <class S, class M, int R, int C>
 __device__ __forceinline__ void add_slab(const Features<S> (&rows)[R], const Features<S> (*columns)[kWarp],
@@ -55,7 +59,7 @@ __device__ __forceinline__ void store_warp_sums(const A (&sums)[N], const Store&
 // A block: kWarps R rows of x, C columns, one chunk of features. sums [chunks, T, n, m], or the distances themselves
 // where `out` [T, n, m] is given (one chunk, and a metric that needs nothing but the sum).
 template <class S, class M, int R, int C>
-__global__ void __launch_bounds__(kThreads, kVector<S> == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kVector<S> == 4 && C == kFewColumns ? 2 : 1)
     distance_sums_kernel(WideRows<const S> x, WideRows<const S> y, accumulate_t<S>* __restrict__ sums,
                          S* __restrict__ out, int64_t tasks, int64_t n, int64_t m, int64_t d, DistancePlan plan) {
   using A = accumulate_t<S>;
@@ -138,7 +142,7 @@ __device__ __forceinline__ Pair<accumulate_t<S>> read_pair(accumulate_t<S> sum, 
 // One thread a pair: adds up the chunks. totals [T, n, m] receives the sums and out the distances, where given. The
 // warp measures close pairs of a metric of rows again, together.
 template <class S, class M, class Out>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     distance_finish_kernel(WideRows<const S> x, WideRows<const S> y, const accumulate_t<S>* __restrict__ sums,
                            const accumulate_t<S>* __restrict__ x_squares, const accumulate_t<S>* __restrict__ y_squares,
                            accumulate_t<S>* __restrict__ totals, Out* __restrict__ out, int64_t tasks, int64_t n,
@@ -340,10 +344,6 @@ __global__ void __launch_bounds__(kThreads, kVector<S> == 4 ? 2 : 1)
 }
 
 constexpr int64_t kEnoughBlocks = 512;  // a few for each multiprocessor of a large GPU
-
-// What a warp of distance_sums_kernel holds: few columns leave registers for more rows.
-constexpr int kFewColumns = 5, kRowsOfFew = 6;
-constexpr int kManyColumns = 10, kRowsOfMany = 4;
 
 template <class S>
 DistancePlan distance_plan(int64_t tasks, int64_t n, int64_t m, int64_t d) {
