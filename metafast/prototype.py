@@ -151,18 +151,22 @@ def prototypical_loss(
     else:
         scale = float(temperature)
 
-    lead = tuple(support.shape[:-2])
-    shapes = (tuple(support_labels.shape[:-1]), tuple(query.shape[:-2]), tuple(query_labels.shape[:-1]))
-    if len(lead) == 1 and learned is None and all(shape == lead for shape in shapes):
+    if (
+        learned is None
+        and support.dim() == query.dim() == 3
+        and support_labels.dim() == query_labels.dim() == 2
+        and support.shape[0] == query.shape[0] == support_labels.shape[0] == query_labels.shape[0]
+    ):
         loss, logits, _ = call(
             LOSS, support, support_labels, query, query_labels, None, scale, num_classes, index
         )
         return loss, logits
-    names = ("support_labels", "query", "query_labels")
     lead = _check.broadcast_tasks(
-        ("support", lead),
-        *zip(names, shapes, strict=True),
-        ("temperature", () if learned is None else tuple(learned.shape)),
+        ("support", support.shape[:-2]),
+        ("support_labels", support_labels.shape[:-1]),
+        ("query", query.shape[:-2]),
+        ("query_labels", query_labels.shape[:-1]),
+        ("temperature", () if learned is None else learned.shape),
     )
     tasks = torch.Size(lead).numel()
 
@@ -231,7 +235,7 @@ def _loss_parts(
 
 
 def _loss_vjp(need: Any, grads: Any, *saved: Any) -> Any:
-    support, support_labels, query, query_labels, temperature, scale, _, metric, _, logits, means = saved
+    support, support_labels, query, query_labels, temperature, scale, _, metric, logits, means = saved
     grad_support, grad_query, grad_temperature = LOSS_VJP(
         *grads, support, support_labels, query, query_labels, temperature, scale, logits, means, metric
     )
@@ -403,7 +407,7 @@ def _loss_vjp_vjp(need: Any, grads: Any, *args: Any) -> Any:
 
 differentiable(MEANS, vjp=_means_vjp, jvp=_means_jvp)
 differentiable(MEANS_VJP, vjp=_means_vjp_vjp, jvp=_means_vjp_jvp)
-differentiable(LOSS, vjp=_loss_vjp, jvp=_loss_jvp, save_outputs=True)
+differentiable(LOSS, vjp=_loss_vjp, jvp=_loss_jvp, save_outputs=(1, 2))
 differentiable(LOSS_VJP, vjp=_loss_vjp_vjp, jvp=_loss_vjp_tangent)
 for _op in (MEANS, MEANS_VJP, LOSS, LOSS_VJP):
     fold_into_tasks(_op)

@@ -59,7 +59,8 @@ def shims() -> dict[str, tuple[int, int]]:
     """Every C function of torch's stable ABI with the version that brought it; (0, 0) where that is before 2.10."""
     include = Path(torch.__file__).parent / "include" / "torch" / "csrc"
     found: dict[str, tuple[int, int]] = {}
-    for header in ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h"):
+    aoti = "inductor/aoti_torch"
+    for header in ("stable/c/shim.h", f"{aoti}/c/shim.h", f"{aoti}/generated/c_shim_aten.h"):
         blocks: list[tuple[int, int]] = []
         for line in (include / header).read_text().splitlines():
             if re.match(r"\s*#\s*if", line):
@@ -69,7 +70,7 @@ def shims() -> dict[str, tuple[int, int]]:
                 blocks.pop()
             else:
                 for name in re.findall(r"\b((?:aoti_)?torch_\w+)\(", line):
-                    found.setdefault(name, max(blocks))
+                    found.setdefault(name, max(blocks, default=(0, 0)))
     return found
 
 

@@ -345,18 +345,22 @@ class TestAutograd:
             torch.testing.assert_close(2 * t.grad, leaf.grad)
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["scale", "scale-and-temperature"])
 @pytest.mark.parametrize("first", [0, 20], ids=["few classes", "many classes"])
-def test_prototypes_of_the_loss_operator(first: int, device: torch.device) -> None:
-    """The operator's third output, which the public function keeps to itself, has its derivatives too."""
+def test_the_loss_operator(first: int, learned: bool, device: torch.device) -> None:
+    """What the public function keeps to itself has its derivatives too: the third output, and a scale of a learned
+    temperature."""
     labels, query_labels = (torch.tensor(y, device=device) + first for y in ([[0, 1, 1]], [[1, 0]]))
 
-    def run(support: Tensor, query: Tensor) -> Any:
+    def run(support: Tensor, query: Tensor, temperature: Tensor | None = None) -> Any:
         loss, logits, means = torch.ops.metafast.prototypical_loss(
-            support, labels, query, query_labels, None, 0.7, first + 2, 0
+            support, labels, query, query_labels, temperature, 0.7, first + 2, 0
         )
         return loss, logits[..., first:], means
 
     double = {"dtype": torch.float64, "device": device}
     inputs = [torch.randn(1, rows, 2, **double, requires_grad=True) for rows in (3, 2)]
+    if learned:
+        inputs.append(torch.full((1,), 1.3, **double, requires_grad=True))
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, inputs, check_fwd_over_rev=True)

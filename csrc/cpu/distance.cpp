@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <memory>
 #include <tuple>
 
 #include "arguments.h"
@@ -15,8 +14,6 @@
 namespace metafast {
 namespace {
 
-using torch::stable::new_empty;
-
 constexpr int64_t kRowBlock = 16;
 
 Tensor pairwise_distance(const Tensor& x_any, const Tensor& y_any, int64_t metric) {
@@ -24,7 +21,7 @@ Tensor pairwise_distance(const Tensor& x_any, const Tensor& y_any, int64_t metri
   check_pair(x_any, y_any);
   const Tensor x = contiguous_rows(x_any), y = contiguous_rows(y_any);
   const int64_t T = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
-  Tensor out = new_empty(x, {T, n, m});
+  Tensor out = empty(x, {T, n, m});
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     dispatch_metric(metric, [&](auto functor) {
@@ -52,7 +49,7 @@ std::tuple<Tensor, Tensor> pairwise_distance_vjp(const Tensor& grad_any, const T
   check_pair_grad(grad_any, x_any, y_any);
   const Tensor grad = contiguous_rows(grad_any), x = contiguous_rows(x_any), y = contiguous_rows(y_any);
   const int64_t T = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
-  Tensor grad_x = new_empty(x, {T, n, d}), grad_y = new_empty(y, {T, m, d});
+  Tensor grad_x = empty(x, {T, n, d}), grad_y = empty(y, {T, m, d});
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     using A = accumulate_t<S>;
@@ -66,15 +63,15 @@ std::tuple<Tensor, Tensor> pairwise_distance_vjp(const Tensor& grad_any, const T
       auto* row_squares = METAFAST_KERNEL(row_squares<S>);
       const PerRow<A> weight(T, n * m), x_part(T, n), y_part(T, m);
       const auto weigh = [&](int64_t t, int64_t) {
-        slopes(rows_grad, rows_x, rows_y, x_squares.of(t), y_squares.of(t), t, n, m, d, weight.of(t), x_part.of(t),
-               y_part.of(t));
+        slopes(rows_grad, 1, rows_x, rows_y, x_squares.of(t), y_squares.of(t), t, n, m, d, weight.of(t), n,
+               x_part.of(t), y_part.of(t));
       };
       const Chunks chunks(T, d, 3 * m);
       const auto gradients = [&](int64_t t, int64_t chunk) {
-        const std::unique_ptr<A[]> scratch(new A[3 * m * chunks.size]);
+        const Scratch<A> scratch(3 * m * chunks.size);
         const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-        spread(weight.of(t), x_part.of(t), y_part.of(t), rows_x, rows_y, rows_grad_x, rows_grad_y, t, n, m, first, last,
-               chunks.size, scratch.get());
+        spread(weight.of(t), n, x_part.of(t), y_part.of(t), rows_x, rows_y, rows_grad_x, rows_grad_y, t, n, m, first,
+               last, chunks.size, scratch.get());
       };
       parallel_stages(T, x_squares.stage(rows_x, n, d, row_squares), y_squares.stage(rows_y, m, d, row_squares),
                       Stage{1, n * m * (M::kSlopeOfSum ? d : 1), weigh},
@@ -92,7 +89,7 @@ Tensor pairwise_distance_jvp(const Tensor& x_any, const Tensor& y_any, const Ten
   const Tensor x = contiguous_rows(x_any), y = contiguous_rows(y_any);
   const Tensor tangent_x = contiguous_rows(tangent_x_any), tangent_y = contiguous_rows(tangent_y_any);
   const int64_t T = x.size(0), n = x.size(1), m = y.size(1), d = x.size(2);
-  Tensor out = new_empty(x, {T, n, m});
+  Tensor out = empty(x, {T, n, m});
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     dispatch_metric(metric, [&](auto functor) {

@@ -1,6 +1,7 @@
 // What the families built on distances share on the CPU.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 
 #include "check.h"
@@ -11,13 +12,37 @@
 
 namespace metafast {
 
+// A tensor of the dtype and device of `like`, not initialized. torch::stable::new_empty looks its operator up by name.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                                          nullptr, nullptr, nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
+// Working memory from the start of a cache line on: a vector that crosses one costs twice.
+template <class A>
+class Scratch {
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<A[]> memory_;
+
+ public:
+  explicit Scratch(int64_t size) : memory_(new A[size + kLine / sizeof(A)]) {}
+  A* get() const {
+    return reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory_.get()) + kLine - 1) / kLine * kLine);
+  }
+};
+
+// Rows rounded up to whole vectors of every width.
+constexpr int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+
 // Numbers for each row of each task.
 template <class A>
 struct PerRow {
-  std::unique_ptr<A[]> values;
+  Scratch<A> values;
   int64_t rows;
 
-  PerRow(int64_t tasks, int64_t rows_) : values(new A[tasks * rows_]), rows(rows_) {}
+  PerRow(int64_t tasks, int64_t rows_) : values(tasks * rows_), rows(rows_) {}
   A* of(int64_t t) const { return values.get() + t * rows; }
 };
 

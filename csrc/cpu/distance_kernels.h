@@ -1,6 +1,6 @@
 // Pairwise distances of the rows of one task. Read once for each instruction set: no guard.
 
-// How many vectors, or rows, are summed before they join the total: it bounds the rounding error of long sums.
+// How many vectors, or pairs, are summed before they join the total: it bounds the rounding error of long sums.
 constexpr int64_t kBlock = 64;
 
 template <class S, class M, int R, int C>
@@ -9,8 +9,9 @@ __attribute__((noinline)) void tile_sums(const S* const (&x)[R], const S* const 
   using A = accumulate_t<S>;
   using V = vector_t<A>;
   constexpr int64_t W = kWidth<A>;
-  V total[R * C] = {};
-  for (int64_t begin = 0; begin < d; begin += kBlock * W) {
+  V total[R * C];
+  int64_t begin = 0;
+  do {
     const int64_t end = begin + kBlock * W < d ? begin + kBlock * W : d;
     V part[R][C] = {};
     int64_t k = begin;
@@ -33,9 +34,10 @@ __attribute__((noinline)) void tile_sums(const S* const (&x)[R], const S* const 
         for (int c = 0; c < C; ++c) M::add(part[r][c], row, load_part<S>(y[c] + k, end - k));
       }
     }
-#pragma GCC unroll 16
-    for (int k = 0; k < R * C; ++k) total[k] += part[k / C][k % C];
-  }
+#pragma GCC unroll 32
+    for (int k = 0; k < R * C; ++k) total[k] = begin == 0 ? part[k / C][k % C] : total[k] + part[k / C][k % C];
+    begin += kBlock * W;
+  } while (begin < d);
   sums<A, R * C>(total, &result[0][0]);
 }
 
@@ -62,11 +64,11 @@ __attribute__((noinline)) accumulate_t<S> residual_square(const S* x, const S* y
 template <class S, class M, int R, class Finish>
 METAFAST_HOST_DEVICE void tile_row(Rows<const S> x, Rows<const S> y, int64_t t, int64_t i, int64_t m, int64_t d,
                                    const Finish& finish) {
-  constexpr int C = 4;
   const S* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x.row(t, i + r);
   int64_t j = 0;
-  for (; j + C <= m; j += C) {
+  const auto tile = [&](auto width) {
+    constexpr int C = decltype(width)::value;
     const S* columns[C];
     for (int c = 0; c < C; ++c) columns[c] = y.row(t, j + c);
     accumulate_t<S> sums[R][C];
@@ -74,13 +76,12 @@ METAFAST_HOST_DEVICE void tile_row(Rows<const S> x, Rows<const S> y, int64_t t, 
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) finish(i + r, j + c, sums[r][c]);
     }
-  }
-  for (; j < m; ++j) {
-    const S* const columns[1] = {y.row(t, j)};
-    accumulate_t<S> sums[R][1];
-    tile_sums<S, M, R, 1>(rows, columns, d, sums);
-    for (int r = 0; r < R; ++r) finish(i + r, j, sums[r][0]);
-  }
+    j += C;
+  };
+  // Five columns, as 5-way data have, are one tile: a lone column costs as much as four.
+  while (m - j >= 4 && m - j != 5) tile(std::integral_constant<int, 4>{});
+  if (m - j == 5) tile(std::integral_constant<int, 5>{});
+  while (j < m) tile(std::integral_constant<int, 1>{});
 }
 
 // finish(i, j, sum) for the rows begin..end and all m columns.
@@ -141,28 +142,35 @@ void distance_value(Rows<const S> x, Rows<const S> y, const accumulate_t<S>* x_s
                       });
 }
 
-// weight [n, m] = grad * w of each pair's slope; x_part [n] and y_part [m] are what the slopes add of the rows themselves.
-// grad may be weight.
+// weight [m, stride], a column for each row of y, = grad * w of each pair's slope; x_part [n] and y_part [m] are what the
+// slopes add of the rows themselves. grad may be weight: the entries of its rows are grad_step apart.
 template <class S, class M>
-void distance_slopes(Rows<const S> grad, Rows<const S> x, Rows<const S> y, const accumulate_t<S>* x_squares,
-                     const accumulate_t<S>* y_squares, int64_t t, int64_t n, int64_t m, int64_t d,
-                     accumulate_t<S>* weight, accumulate_t<S>* x_part, accumulate_t<S>* y_part) {
+void distance_slopes(Rows<const S> grad, int64_t grad_step, Rows<const S> x, Rows<const S> y,
+                     const accumulate_t<S>* x_squares, const accumulate_t<S>* y_squares, int64_t t, int64_t n,
+                     int64_t m, int64_t d, accumulate_t<S>* weight, int64_t stride, accumulate_t<S>* x_part,
+                     accumulate_t<S>* y_part) {
   using A = accumulate_t<S>;
   for (int64_t i = 0; i < n; ++i) x_part[i] = A(0);
   for (int64_t j = 0; j < m; ++j) y_part[j] = A(0);
   if constexpr (M::kSlopeOfSum) {
     for_each_pair<S, M>(x, y, x_squares, y_squares, t, 0, n, m, d, [&](int64_t i, int64_t j, Pair<A> pair) {
-      const A g = static_cast<A>(grad.row(t, i)[j]);
+      const A g = static_cast<A>(grad.row(t, i)[j * grad_step]);
       const Slope<A> slope = M::slope(pair);
-      weight[i * m + j] = g * slope.w;
+      weight[j * stride + i] = g * slope.w;
       x_part[i] += g * slope.x_part;
       y_part[j] += g * slope.y_part;
     });
   } else {
     const A w = M::slope(Pair<A>{}).w;
-    for (int64_t i = 0; i < n; ++i) {
-      const S* row = grad.row(t, i);
-      for (int64_t j = 0; j < m; ++j) weight[i * m + j] = static_cast<A>(row[j]) * w;
+    // Blocks of rows, for the cache's sake: one of the two is read or written across its rows.
+    for (int64_t block = 0; block < n; block += kBlock) {
+      const int64_t last = block + kBlock < n ? block + kBlock : n;
+      for (int64_t j = 0; j < m; ++j) {
+        const S* from = grad.row(t, 0) + j * grad_step;
+        for (int64_t i = block; i < last; ++i) {
+          weight[j * stride + i] = static_cast<A>(from[i * grad.row_stride]) * w;
+        }
+      }
     }
   }
 }
@@ -171,16 +179,17 @@ void distance_slopes(Rows<const S> grad, Rows<const S> x, Rows<const S> y, const
 //   grad_x_i = x_part_i x_i + sum_j weight_ij step_x(x_i, y_j),    grad_y_j += sum_i weight_ij step_y(x_i, y_j)
 // y and grad_y [m, chunk] stay in the first-level cache, so each row of x is read once.
 template <class S, class M, int R>
-METAFAST_HOST_DEVICE void spread_rows(const accumulate_t<S>* weight, const accumulate_t<S>* x_part, Rows<const S> x,
-                                      const accumulate_t<S>* y, Rows<S> grad_x, accumulate_t<S>* grad_y, int64_t t,
-                                      int64_t i, int64_t m, int64_t begin, int64_t end, int64_t chunk) {
+METAFAST_HOST_DEVICE void spread_rows(const accumulate_t<S>* weight, int64_t stride, const accumulate_t<S>* x_part,
+                                      Rows<const S> x, const accumulate_t<S>* y, Rows<S> grad_x,
+                                      accumulate_t<S>* grad_y, int64_t t, int64_t i, int64_t m, int64_t begin,
+                                      int64_t end, int64_t chunk) {
   using A = accumulate_t<S>;
   using V = vector_t<A>;
   constexpr int64_t W = kWidth<A>;
   for (int64_t k = begin; k < end; k += W) {
     const int64_t count = end - k < W ? end - k : W;
     V rows[R], total[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       rows[r] = count == W ? load<S>(x.row(t, i + r) + k) : load_part<S>(x.row(t, i + r) + k, count);
       total[r] = M::kRows ? rows[r] * x_part[i + r] : V{};
@@ -192,18 +201,24 @@ METAFAST_HOST_DEVICE void spread_rows(const accumulate_t<S>* weight, const accum
       for (int64_t j = block; j < m && j < block + kBlock; ++j, column += chunk, grad_column += chunk) {
         const V other = load<A>(column);
         V opposite = load<A>(grad_column);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const A w = weight[(i + r) * m + j];
-          part[r] += M::step_x(rows[r], other) * w;
-          opposite += M::step_y(rows[r], other) * w;
+          const A w = weight[j * stride + i + r];
+          const V step = M::step_x(rows[r], other);
+          part[r] += step * w;
+          // The other slope of a difference is its negative.
+          if constexpr (M::kRows) {
+            opposite += M::step_y(rows[r], other) * w;
+          } else {
+            opposite -= step * w;
+          }
         }
         store<A>(grad_column, opposite);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) total[r] += part[r];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       S* to = grad_x.row(t, i + r) + k;
       if (count == W) {
@@ -218,11 +233,15 @@ METAFAST_HOST_DEVICE void spread_rows(const accumulate_t<S>* weight, const accum
 // The features begin..end of both gradients of one task. scratch holds 3 m chunk numbers: the rows of y, the gradient of
 // y, and the part of it that the current block of rows adds. chunk is end - begin rounded up to whole vectors.
 template <class S, class M>
-void distance_spread(const accumulate_t<S>* weight, const accumulate_t<S>* x_part, const accumulate_t<S>* y_part,
-                     Rows<const S> x, Rows<const S> y, Rows<S> grad_x, Rows<S> grad_y, int64_t t, int64_t n, int64_t m,
-                     int64_t begin, int64_t end, int64_t chunk, accumulate_t<S>* scratch) {
+void distance_spread(const accumulate_t<S>* weight, int64_t stride, const accumulate_t<S>* x_part,
+                     const accumulate_t<S>* y_part, Rows<const S> x, Rows<const S> y, Rows<S> grad_x, Rows<S> grad_y,
+                     int64_t t, int64_t n, int64_t m, int64_t begin, int64_t end, int64_t chunk,
+                     accumulate_t<S>* scratch) {
   using A = accumulate_t<S>;
   constexpr int64_t W = kWidth<A>;
+  // As many rows as there are registers for, and 5 because 5-way data come in multiples of it.
+  constexpr int R = METAFAST_VECTOR_BYTES == 64 ? 5 : 4;
+  constexpr int64_t kRows = 16 * R;
   A *columns = scratch, *total = columns + m * chunk, *part = total + m * chunk;
   for (int64_t j = 0; j < m; ++j) {
     for (int64_t k = begin; k < end; k += W) {
@@ -232,15 +251,15 @@ void distance_spread(const accumulate_t<S>* weight, const accumulate_t<S>* x_par
       store<A>(total + at, M::kRows ? row * y_part[j] : vector_t<A>{});
     }
   }
-  for (int64_t block = 0; block < n; block += kBlock) {
-    const int64_t last = block + kBlock < n ? block + kBlock : n;
+  for (int64_t block = 0; block < n; block += kRows) {
+    const int64_t last = block + kRows < n ? block + kRows : n;
     for (int64_t k = 0; k < m * chunk; ++k) part[k] = A(0);
     int64_t i = block;
-    for (; i + 4 <= last; i += 4) {
-      spread_rows<S, M, 4>(weight, x_part, x, columns, grad_x, part, t, i, m, begin, end, chunk);
+    for (; i + R <= last; i += R) {
+      spread_rows<S, M, R>(weight, stride, x_part, x, columns, grad_x, part, t, i, m, begin, end, chunk);
     }
     for (; i < last; ++i) {
-      spread_rows<S, M, 1>(weight, x_part, x, columns, grad_x, part, t, i, m, begin, end, chunk);
+      spread_rows<S, M, 1>(weight, stride, x_part, x, columns, grad_x, part, t, i, m, begin, end, chunk);
     }
     for (int64_t k = 0; k < m * chunk; ++k) total[k] += part[k];
   }

@@ -18,57 +18,66 @@
 namespace metafast {
 namespace {
 
-using torch::stable::new_empty;
-
 // Class numbers [T, n] in rows, checked.
 struct Labels {
   Tensor tensor;
   const int64_t* labels;
+  int64_t tasks;
   int64_t n;
   int64_t num_classes;
 
   Labels(const Tensor& any, const char* name, int64_t num_classes_)
       : tensor(any.is_contiguous() ? any : torch::stable::contiguous(any)),
         labels(tensor.const_data_ptr<int64_t>()),
+        tasks(any.size(0)),
         n(any.size(1)),
         num_classes(num_classes_) {
-    for (int64_t k = 0; k < any.size(0) * n; ++k) {
-      if (labels[k] < 0 || labels[k] >= num_classes) {
-        fail(name, ": expected class numbers from 0 to ", num_classes - 1, ", got ", labels[k]);
-      }
-    }
+    const int64_t* const end = labels + tasks * n;
+    const int64_t* const bad = std::find_if(labels, end, [&](int64_t y) { return y < 0 || y >= num_classes; });
+    if (bad != end) fail(name, ": expected class numbers from 0 to ", num_classes - 1, ", got ", *bad);
   }
 
   const int64_t* of(int64_t t) const { return labels + t * n; }
 };
 
-// The rows of each class in their order, and one over their number (0 for none).
+// One over the number of rows of each class (0 for none).
 template <class A>
-struct Classes : Labels {
+struct Counts : Labels {
+  std::vector<int64_t> count;    // [T, C]
   std::vector<A> inverse_count;  // [T, C]
+
+  Counts(const Tensor& any, const char* name, int64_t num_classes_)
+      : Labels(any, name, num_classes_), count(tasks * num_classes), inverse_count(tasks * num_classes) {
+    for (int64_t t = 0; t < tasks; ++t) {
+      for (int64_t i = 0; i < n; ++i) ++count[t * num_classes + of(t)[i]];
+    }
+    for (size_t k = 0; k < count.size(); ++k) inverse_count[k] = count[k] > 0 ? A(1) / static_cast<A>(count[k]) : A(0);
+  }
+
+  const A* inverse(int64_t t) const { return inverse_count.data() + t * num_classes; }
+};
+
+// The rows of each class in their order.
+template <class A>
+struct Classes : Counts<A> {
   std::vector<int64_t> order;    // [T, n]
   std::vector<int64_t> offsets;  // [T, C + 1]
 
   Classes(const Tensor& any, const char* name, int64_t num_classes_)
-      : Labels(any, name, num_classes_),
-        inverse_count(any.size(0) * num_classes),
-        order(any.size(0) * n),
-        offsets(any.size(0) * (num_classes + 1)) {
-    std::vector<int64_t> next(num_classes);
-    for (int64_t t = 0; t < any.size(0); ++t) {
-      int64_t* first = offsets.data() + t * (num_classes + 1);
-      for (int64_t i = 0; i < n; ++i) ++first[of(t)[i] + 1];
-      for (int64_t c = 0; c < num_classes; ++c) {
-        const int64_t count = first[c + 1];
-        inverse_count[t * num_classes + c] = count > 0 ? A(1) / static_cast<A>(count) : A(0);
+      : Counts<A>(any, name, num_classes_),
+        order(this->tasks * this->n),
+        offsets(this->tasks * (this->num_classes + 1)) {
+    const int64_t C = this->num_classes;
+    std::vector<int64_t> next(C);
+    for (int64_t t = 0; t < this->tasks; ++t) {
+      int64_t* first = offsets.data() + t * (C + 1);
+      for (int64_t c = 0; c < C; ++c) {
         next[c] = first[c];
-        first[c + 1] += first[c];
+        first[c + 1] = first[c] + this->count[t * C + c];
       }
-      for (int64_t i = 0; i < n; ++i) order[t * n + next[of(t)[i]]++] = i;
+      for (int64_t i = 0; i < this->n; ++i) order[t * this->n + next[this->of(t)[i]]++] = i;
     }
   }
-
-  const A* inverse(int64_t t) const { return inverse_count.data() + t * num_classes; }
 };
 
 // The stage that makes the class means.
@@ -86,13 +95,13 @@ auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes
 
 // The stage that hands the gradient of the class means to their rows.
 template <class S>
-auto spread_stage(Rows<const S> grad, const Classes<accumulate_t<S>>& classes, Rows<S> out, int64_t d,
+auto spread_stage(Rows<const S> grad, const Counts<accumulate_t<S>>& counts, Rows<S> out, int64_t d,
                   const Chunks& chunks) {
   auto* kernel = METAFAST_KERNEL(spread_means<S>);
-  const int64_t n = classes.n;
-  return Stage{chunks.count, n * chunks.size, [=, &classes, &chunks](int64_t t, int64_t chunk) {
+  const int64_t n = counts.n;
+  return Stage{chunks.count, n * chunks.size, [=, &counts, &chunks](int64_t t, int64_t chunk) {
                  const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-                 kernel(grad, classes.of(t), classes.inverse(t), out, t, n, first, last);
+                 kernel(grad, counts.of(t), counts.inverse(t), out, t, n, first, last);
                }};
 }
 
@@ -101,7 +110,7 @@ Tensor prototypes(const Tensor& features_any, const Tensor& labels, int64_t num_
   check_features(features_any, "features", labels, "labels");
   check_classes(num_classes);
   const Tensor features = contiguous_rows(features_any);
-  Tensor out = new_empty(features, {features.size(0), num_classes, features.size(2)});
+  Tensor out = empty(features, {features.size(0), num_classes, features.size(2)});
   dispatch_floating(features.scalar_type(), "features", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     const int64_t T = features.size(0), d = features.size(2);
@@ -116,13 +125,13 @@ Tensor prototypes_vjp(const Tensor& grad_any, const Tensor& labels) {
   check_cpu(grad_any, "grad");
   check_means_grad(grad_any, labels);
   const Tensor grad = contiguous_rows(grad_any);
-  Tensor out = new_empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
+  Tensor out = empty(grad, {grad.size(0), labels.size(1), grad.size(2)});
   dispatch_floating(grad.scalar_type(), "grad", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     const int64_t T = grad.size(0), d = grad.size(2);
-    const Classes<accumulate_t<S>> classes(labels, "labels", grad.size(1));
+    const Counts<accumulate_t<S>> counts(labels, "labels", grad.size(1));
     const Chunks chunks(T, d, 1);
-    parallel_stages(T, spread_stage<S>(input_rows<S>(grad), classes, output_rows<S>(out), d, chunks));
+    parallel_stages(T, spread_stage<S>(input_rows<S>(grad), counts, output_rows<S>(out), d, chunks));
   });
   return out;
 }
@@ -149,13 +158,14 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
   check_classes(num_classes);
   const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
   const int64_t T = query.size(0), m = query.size(1), d = query.size(2), C = num_classes;
-  Tensor loss = new_empty(query, {T}), logits = new_empty(query, {T, m, C}), means = new_empty(query, {T, C, d});
+  Tensor loss = empty(query, {T}), logits = empty(query, {T, m, C}), means = empty(query, {T, C, d});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
     const Classes<A> classes(support_labels, "support_labels", C);
     const Labels targets(query_labels, "query_labels", C);
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     const std::unique_ptr<A[]> losses(new A[T * m]);
+    A* loss_values = loss.template mutable_data_ptr<A>();
     dispatch_metric(metric, [&](auto functor) {
       using M = typename decltype(functor)::type;
       auto* kernel = METAFAST_KERNEL(prototypical_rows<A, M>);
@@ -165,23 +175,22 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support_any, 
       const Squares<M, A> query_squares(T, m), mean_squares(T, C);
       const Chunks chunks(T, d, 1);
       const auto rows = [&](int64_t t, int64_t block) {
-        const std::unique_ptr<A[]> scratch(new A[(std::min(m, kRowBlock) + 15) * (C + 2)]);
+        const Scratch<A> scratch(padded(std::min(m, kRowBlock)) * (C + 2));
         const int64_t first = block * kRowBlock, last = std::min(first + kRowBlock, m);
         kernel(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t),
                targets.of(t) + first, tau[t], rows_logits, losses.get() + t * m + first, t, first, last, C, d,
                scratch.get());
       };
-      parallel_stages(T, means_stage<A>(input_rows<A>(support), classes, output_rows<A>(means), d, chunks),
-                      query_squares.stage(rows_query, m, d, row_squares),
-                      mean_squares.stage(rows_means, C, d, row_squares),
-                      Stage{(m + kRowBlock - 1) / kRowBlock, std::min(m, kRowBlock) * C * (d + 16), rows});
+      const auto mean = [&](int64_t t, int64_t) {
+        double total = 0;
+        for (int64_t i = 0; i < m; ++i) total += losses[t * m + i];
+        loss_values[t] = static_cast<A>(total / static_cast<double>(m));
+      };
+      parallel_stages(
+          T, means_stage<A>(input_rows<A>(support), classes, output_rows<A>(means), d, chunks),
+          query_squares.stage(rows_query, m, d, row_squares), mean_squares.stage(rows_means, C, d, row_squares),
+          Stage{(m + kRowBlock - 1) / kRowBlock, std::min(m, kRowBlock) * C * (d + 16), rows}, Stage{1, m, mean});
     });
-    A* out = loss.template mutable_data_ptr<A>();
-    for (int64_t t = 0; t < T; ++t) {
-      double total = 0;
-      for (int64_t i = 0; i < m; ++i) total += losses[t * m + i];
-      out[t] = static_cast<A>(total / static_cast<double>(m));
-    }
   });
   return {loss, logits, means};
 }
@@ -198,11 +207,11 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
   const int64_t C = logits_any.size(2);
   const Tensor query = contiguous_rows(query_any), prototypes = contiguous_rows(prototypes_any);
   const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
-  Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});
-  Tensor grad_temperature = new_empty(query, {temperature ? T : 0});
+  Tensor grad_support = empty(query, {T, n, d}), grad_query = empty(query, {T, m, d});
+  Tensor grad_temperature = empty(query, {temperature ? T : 0});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
-    const Classes<A> classes(support_labels, "support_labels", C);
+    const Counts<A> counts(support_labels, "support_labels", C);
     const Labels targets(query_labels, "query_labels", C);
     const std::vector<A> tau = temperatures<A>(temperature, scale, T);
     const auto rows_query = input_rows<A>(query), rows_means = input_rows<A>(prototypes);
@@ -228,23 +237,23 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
       auto* slopes = METAFAST_KERNEL(distance_slopes<A, M>);
       auto* spread = METAFAST_KERNEL(distance_spread<A, M>);
       const Squares<M, A> query_squares(T, m), mean_squares(T, C);
-      const PerRow<A> weight(T, m * C), query_part(T, m), mean_part(T, C);
+      const int64_t stride = padded(m);
+      const PerRow<A> weight(T, stride * C), query_part(T, m), mean_part(T, C);
       const Chunks chunks(T, d, 3 * C);
       const auto weights = [&](int64_t t, int64_t) {
-        const std::unique_ptr<A[]> scratch(new A[(m + 15) * (C + 2)]);
-        weigh(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), classes.inverse(t), targets.of(t),
-              tau[t], rows_logits, loss_values ? loss_values[t * loss_stride] : A(0),
-              grad_logits ? &rows_upstream : nullptr, t, m, C, d, weight.of(t), scratch.get(),
-              temperature_values ? temperature_values + t : nullptr);
+        const Scratch<A> scratch(2 * stride);
+        weigh(rows_query, rows_means, query_squares.of(t), mean_squares.of(t), counts.inverse(t), targets.of(t), tau[t],
+              rows_logits, loss_values ? loss_values[t * loss_stride] : A(0), grad_logits ? &rows_upstream : nullptr, t,
+              m, C, d, weight.of(t), scratch.get(), temperature_values ? temperature_values + t : nullptr);
         if (temperature_values) temperature_values[t] *= static_cast<A>(scale);
-        const Rows<const A> rows_weight{weight.values.get(), m * C, C};
-        slopes(rows_weight, rows_query, rows_means, query_squares.of(t), mean_squares.of(t), t, m, C, d, weight.of(t),
-               query_part.of(t), mean_part.of(t));
+        const Rows<const A> rows_weight{weight.values.get(), stride * C, 1};
+        slopes(rows_weight, stride, rows_query, rows_means, query_squares.of(t), mean_squares.of(t), t, m, C, d,
+               weight.of(t), stride, query_part.of(t), mean_part.of(t));
       };
       const auto gradients = [&](int64_t t, int64_t chunk) {
-        const std::unique_ptr<A[]> scratch(new A[3 * C * chunks.size]);
+        const Scratch<A> scratch(3 * C * chunks.size);
         const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-        spread(weight.of(t), query_part.of(t), mean_part.of(t), rows_query, rows_means, rows_grad_query,
+        spread(weight.of(t), stride, query_part.of(t), mean_part.of(t), rows_query, rows_means, rows_grad_query,
                rows_grad_means, t, m, C, first, last, chunks.size, scratch.get());
         if (rows_extra) {
           for (int64_t c = 0; c < C; ++c) {
@@ -256,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
                       mean_squares.stage(rows_means, C, d, row_squares),
                       Stage{1, m * C * (temperature || M::kSlopeOfSum ? d + 16 : 16), weights},
                       Stage{chunks.count, 3 * m * C * chunks.size, gradients},
-                      spread_stage<A>({grad_means.get(), C * d, d}, classes, output_rows<A>(grad_support), d, chunks));
+                      spread_stage<A>({grad_means.get(), C * d, d}, counts, output_rows<A>(grad_support), d, chunks));
     });
   });
   return {grad_support, grad_query, grad_temperature};

@@ -59,12 +59,10 @@ void spread_means(Rows<const S> grad, const int64_t* labels, const accumulate_t<
   }
 }
 
-// Columns of query rows: class-major, so that the vectors run over rows whatever the number of classes. Rows are padded
-// to whole vectors of every width.
-constexpr int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+// Columns of query rows: class-major, so that the vectors run over rows whatever the number of classes.
 
 // columns [C, padded rows] = exp(columns - max); maxima and totals [padded rows] are their largest entries and sums.
-// NaN spreads over its row, as in torch.
+// NaN spreads over its row, as in torch: the maximum may lose it, the sum does not.
 template <class A>
 METAFAST_HOST_DEVICE void softmax_columns(A* columns, int64_t rows, int64_t num_classes, A* maxima, A* totals) {
   using V = vector_t<A>;
@@ -73,7 +71,7 @@ METAFAST_HOST_DEVICE void softmax_columns(A* columns, int64_t rows, int64_t num_
     V largest = load<A>(columns + i);
     for (int64_t c = 1; c < num_classes; ++c) {
       const V value = load<A>(columns + c * stride + i);
-      largest = largest >= value ? largest : (largest != largest ? largest : value);
+      largest = largest >= value ? largest : value;
     }
     V total = {};
     for (int64_t c = 0; c < num_classes; ++c) {
@@ -99,11 +97,17 @@ void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* q
   }
   for_each_pair<A, M>(query, prototypes, query_squares, squares, t, begin, end, num_classes, d,
                       [&](int64_t i, int64_t c, Pair<A> pair) {
-                        const A distance = pair_value<A, M>(query, prototypes, t, i, c, d, pair);
-                        const A logit = inverse_count[c] > A(0) ? -temperature * distance : -A(INFINITY);
-                        logits.row(t, i)[c] = logit;
-                        scratch[c * stride + (i - begin)] = logit;
+                        scratch[c * stride + (i - begin)] = pair_value<A, M>(query, prototypes, t, i, c, d, pair);
                       });
+  for (int64_t c = 0; c < num_classes; ++c) {
+    A* column = scratch + c * stride;
+    const bool present = inverse_count[c] > A(0);
+    for (int64_t i = 0; i < rows; i += kWidth<A>) {
+      store<A>(column + i, present ? load<A>(column + i) * -temperature : vector_t<A>{} - A(INFINITY));
+    }
+    A* to = logits.row(t, begin) + c;
+    for (int64_t i = 0; i < rows; ++i) to[i * num_classes] = column[i];
+  }
   if (num_classes == 0) return;
   softmax_columns(scratch, rows, num_classes, maxima, totals);
   for (int64_t i = 0; i < rows; i += kWidth<A>) {
@@ -112,44 +116,47 @@ void prototypical_rows(Rows<const A> query, Rows<const A> prototypes, const A* q
   for (int64_t i = 0; i < rows; ++i) losses[i] = totals[i] - logits.row(t, begin + i)[labels[i]];
 }
 
-// weight [m, C] = dL/dD = -temperature dL/dlogits, from the upstream gradients; where temperature_grad is given it
-// receives dL/dtemperature, for which the distances are computed again. scratch holds padded(m) (C + 2) numbers.
+// weight [C, padded m] = dL/dD = -temperature dL/dlogits, from the upstream gradients; where temperature_grad is given it
+// receives dL/dtemperature, for which the distances are computed again. scratch holds 2 padded(m) numbers.
 template <class A, class M>
 void prototypical_weights(Rows<const A> query, Rows<const A> prototypes, const A* query_squares, const A* squares,
                           const A* inverse_count, const int64_t* labels, A temperature, Rows<const A> logits,
                           A grad_loss, const Rows<const A>* grad_logits, int64_t t, int64_t m, int64_t num_classes,
                           int64_t d, A* weight, A* scratch, A* temperature_grad) {
   const int64_t stride = padded(m);
-  A *maxima = scratch + num_classes * stride, *totals = maxima + stride;
+  A *maxima = scratch, *totals = maxima + stride;
   for (int64_t c = 0; c < num_classes; ++c) {
-    for (int64_t i = 0; i < m; ++i) scratch[c * stride + i] = logits.row(t, i)[c];
-    for (int64_t i = m; i < stride; ++i) scratch[c * stride + i] = A(0);
+    const A* from = logits.row(t, 0) + c;
+    for (int64_t i = 0; i < m; ++i) weight[c * stride + i] = from[i * logits.row_stride];
+    for (int64_t i = m; i < stride; ++i) weight[c * stride + i] = A(0);
   }
-  if (num_classes > 0) softmax_columns(scratch, m, num_classes, maxima, totals);
+  if (num_classes > 0) softmax_columns(weight, m, num_classes, maxima, totals);
   const A share = grad_loss / static_cast<A>(m);
-  for (int64_t i = 0; i < m; i += kWidth<A>) store<A>(totals + i, share / load<A>(totals + i));
-  for (int64_t i = 0; i < m; ++i) {
-    A* row = weight + i * num_classes;
-    for (int64_t c = 0; c < num_classes; ++c) row[c] = scratch[c * stride + i] * totals[i];
-    row[labels[i]] -= share;
-    if (grad_logits != nullptr) {
-      const A* extra = grad_logits->row(t, i);
-      for (int64_t c = 0; c < num_classes; ++c) row[c] += extra[c];
+  for (int64_t i = 0; i < m; i += kWidth<A>) {
+    const vector_t<A> scale = share / load<A>(totals + i);
+    for (int64_t c = 0; c < num_classes; ++c) {
+      A* at = weight + c * stride + i;
+      store<A>(at, load<A>(at) * scale);
     }
   }
+  for (int64_t i = 0; i < m; ++i) weight[labels[i] * stride + i] -= share;
   for (int64_t c = 0; c < num_classes; ++c) {
-    if (inverse_count[c] > A(0)) continue;
+    A* column = weight + c * stride;
+    if (grad_logits != nullptr) {
+      for (int64_t i = 0; i < m; ++i) column[i] += grad_logits->row(t, i)[c];
+    }
     // The logit of an absent class is a constant.
-    for (int64_t i = 0; i < m; ++i) weight[i * num_classes + c] = A(0);
+    if (inverse_count[c] > A(0)) continue;
+    for (int64_t i = 0; i < m; ++i) column[i] = A(0);
   }
   if (temperature_grad != nullptr) {
     double total = 0;
     for_each_pair<A, M>(query, prototypes, query_squares, squares, t, 0, m, num_classes, d,
                         [&](int64_t i, int64_t c, Pair<A> pair) {
                           const A distance = pair_value<A, M>(query, prototypes, t, i, c, d, pair);
-                          if (inverse_count[c] > A(0)) total -= double(weight[i * num_classes + c]) * distance;
+                          if (inverse_count[c] > A(0)) total -= double(weight[c * stride + i]) * distance;
                         });
     *temperature_grad = static_cast<A>(total);
   }
-  for (int64_t k = 0; k < m * num_classes; ++k) weight[k] *= -temperature;
+  for (int64_t k = 0; k < stride * num_classes; ++k) weight[k] *= -temperature;
 }

@@ -103,15 +103,16 @@ METAFAST_HOST_DEVICE vector_t<A> fold_all(const vector_t<A>* values) {
   }
 }
 
-// The sums of the entries of N vectors (a power of two), each as a balanced tree.
-template <class A, int N>
+// The sums of the entries of N vectors, each as a balanced tree; as many vectors at once as fill one with their sums.
+template <class A, int N, int AtOnce = kWidth<A>>
 METAFAST_HOST_DEVICE void sums(const vector_t<A>* values, A* result) {
-  constexpr int kAtOnce = N < kWidth<A> ? N : kWidth<A>;
+  if constexpr (N >= AtOnce) {
+    const vector_t<A> folded = fold_all<A, AtOnce, kWidth<A>>(values);
 #pragma GCC unroll 16
-  for (int k = 0; k < N; k += kAtOnce) {
-    const vector_t<A> folded = fold_all<A, kAtOnce, kWidth<A>>(values + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < kAtOnce; ++i) result[k + i] = folded[i];
+    for (int i = 0; i < AtOnce; ++i) result[i] = folded[i];
+    sums<A, N - AtOnce, AtOnce>(values + AtOnce, result + AtOnce);
+  } else if constexpr (N > 0) {
+    sums<A, N, AtOnce / 2>(values, result);
   }
 }
 
