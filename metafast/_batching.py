@@ -17,21 +17,26 @@ def fold_into_tasks(op: torch._ops.OpOverload) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
 
-        first = next(k for k, arg in enumerate(args) if isinstance(arg, Tensor))
-        tasks = args[first].shape[1 if in_dims[first] == 0 else 0]
-
-        def fold(value: Any, dim: int | None) -> Any:
+        def fold(value: Any, dim: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [fold(v, of) for v, of in zip(value, dim, strict=True)] if value else value
             if not isinstance(value, Tensor):
                 return value
-            value = value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-            return value.flatten(0, 1)
+            if dim is None:
+                return value.unsqueeze(0).expand(max(size, 1), *value.shape).flatten(0, 1)
+            value = value.movedim(dim, 0)
+            # With nothing to map over, one element of zeros tells the shapes.
+            return (value if size else value.new_zeros(1, *value.shape[1:])).flatten(0, 1)
 
         def unfold(value: Tensor) -> Tensor:
-            return value.reshape(size, value.shape[0] // size if size else tasks, *value.shape[1:])
+            value = value.reshape(max(size, 1), value.shape[0] // max(size, 1), *value.shape[1:])
+            return value if size else value[:0]
 
         out = op(*(fold(value, dim) for value, dim in zip(args, in_dims, strict=True)))
         if isinstance(out, Tensor):
             return unfold(out), 0
+        if isinstance(out, list):
+            return [unfold(o) for o in out], [0] * len(out)
         return tuple(unfold(o) for o in out), (0,) * len(out)
 
     torch.library.register_vmap(op, rule)

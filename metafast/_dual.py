@@ -1,0 +1,118 @@
+"""Forward mode for closed forms: numbers that carry their tangent along.
+
+A fused operator's derivative rules may hold no inner call of autograd or torch.func: inside a rule their levels are
+suspended. What the rules need beyond the operators themselves is the tangent of a closed form, and that is the closed
+form evaluated on :class:`Dual` numbers; every operation in it is one of torch's, differentiable to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Dual:
+    """``value`` with its ``tangent`` (None: zero); closed forms treat it as a tensor."""
+
+    __slots__ = ("tangent", "value")
+
+    def __init__(self, value: Tensor, tangent: Tensor | None = None) -> None:
+        self.value = value
+        self.tangent = tangent
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    def __add__(self, other: Any) -> Dual:
+        value, (a, b) = self.value + value_of(other), (self.tangent, tangent_of(other))
+        if a is not None and b is not None:
+            return Dual(value, a + b)
+        only = b if a is None else a
+        return Dual(value, None if only is None else only.expand(value.shape))
+
+    __radd__ = __add__
+
+    def __neg__(self) -> Dual:
+        return Dual(-self.value, None if self.tangent is None else -self.tangent)
+
+    def __sub__(self, other: Any) -> Dual:
+        return self + -other
+
+    def __rsub__(self, other: Any) -> Dual:
+        return -self + other
+
+    def __mul__(self, other: Any) -> Dual:
+        return _product(torch.mul, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: float) -> Dual:
+        return self * (1 / other)
+
+    def __matmul__(self, other: Any) -> Dual:
+        return _product(torch.matmul, self, other)
+
+    def __rmatmul__(self, other: Tensor) -> Dual:
+        return _product(torch.matmul, other, self)
+
+    @property
+    def mT(self) -> Dual:
+        return self._linear(lambda x: x.mT)
+
+    def __getitem__(self, index: Any) -> Dual:
+        return self._linear(lambda x: x[index])
+
+    def sum(self, dim: Any, keepdim: bool = False) -> Dual:
+        return self._linear(lambda x: x.sum(dim, keepdim))
+
+    def unsqueeze(self, dim: int) -> Dual:
+        return self._linear(lambda x: x.unsqueeze(dim))
+
+    def reshape(self, shape: Sequence[int]) -> Dual:
+        return self._linear(lambda x: x.reshape(shape))
+
+    def expand(self, shape: Sequence[int]) -> Dual:
+        return self._linear(lambda x: x.expand(shape))
+
+    def softmax(self, dim: int) -> Dual:
+        p = self.value.softmax(dim)
+        if self.tangent is None:
+            return Dual(p)
+        return Dual(p, p * (self.tangent - (p * self.tangent).sum(dim, keepdim=True)))
+
+    def tanh(self) -> Dual:
+        h = self.value.tanh()
+        return Dual(h, None if self.tangent is None else (1 - h * h) * self.tangent)
+
+    def relu(self) -> Dual:
+        tangent = self.tangent
+        return Dual(self.value.relu(), None if tangent is None else torch.where(self.value > 0, tangent, 0.0))
+
+    def _linear(self, function: Callable[[Tensor], Tensor]) -> Dual:
+        return Dual(function(self.value), None if self.tangent is None else function(self.tangent))
+
+
+def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Dual:
+    """A product of two, linear in each."""
+    x, y, dx, dy = value_of(a), value_of(b), tangent_of(a), tangent_of(b)
+    first = None if dx is None else function(dx, y)
+    second = None if dy is None else function(x, dy)
+    tangent = second if first is None else first if second is None else first + second
+    return Dual(function(x, y), tangent)
+
+
+def value_of(number: Any) -> Any:
+    return number.value if isinstance(number, Dual) else number
+
+
+def tangent_of(number: Any) -> Tensor | None:
+    return number.tangent if isinstance(number, Dual) else None
+
+
+def constant(number: Any) -> Any:
+    """``number`` without its dependence on anything: what a first-order rule takes it for."""
+    return Dual(number.value.detach()) if isinstance(number, Dual) else number.detach()
