@@ -71,4 +71,77 @@ inline void check_upstream(const std::optional<Tensor>& grad_loss, const std::op
   if (grad_prototypes) check(*grad_prototypes, "grad_prototypes", {T, C, d});
 }
 
+// An argument for groups of equally many consecutive tasks: its first size divides theirs.
+inline void check_groups(const Tensor& tensor, const char* name, int64_t tasks) {
+  const int64_t groups = tensor.dim() > 0 ? tensor.size(0) : 0;
+  if (groups == 0 ? tasks != 0 : tasks % groups != 0) {
+    fail(name, ": expected a first size that divides ", tasks, " tasks, got shape ", shape_text(tensor));
+  }
+}
+
+// Sizes of 1 stand for all steps, classes and features.
+inline void check_rates(const Tensor& rates, const char* name, const Tensor& support, int64_t steps, int64_t classes,
+                        bool features) {
+  check_like(rates, name, support, "support");
+  check_dim(rates, name, features ? 4 : 3, features ? "[G, K, C, d]" : "[G, K, C]");
+  check_groups(rates, name, support.size(0));
+  const auto fits = [&](int64_t dim, int64_t size) { return rates.size(dim) == 1 || rates.size(dim) == size; };
+  if (!fits(1, steps) || !fits(2, classes) || (features && !fits(3, support.size(2)))) {
+    fail(name, ": expected a size of 1 or that of the steps, classes and features, got ", shape_text(rates));
+  }
+}
+
+inline void check_linear_head(const Tensor& support, const Tensor& labels, const Tensor& query, const Tensor& weight,
+                              const std::optional<Tensor>& bias, const std::optional<Tensor>& rates,
+                              const std::optional<Tensor>& bias_rates, int64_t steps, int64_t loss, bool gram) {
+  if (loss != 0 && loss != 1) fail("loss: expected 0 or 1, got ", loss);
+  check_dim(support, "support", 3, "[T, n, d]");
+  check_dim(weight, "weight", 3, "[G, C, d]");
+  const int64_t T = support.size(0), n = support.size(1), d = support.size(2), C = weight.size(1);
+  if (labels.dim() == 2) {
+    if (loss != 0) fail("labels: expected targets [T, n, C] for the squared error");
+    check_labels(labels, "labels", support);
+    check_shape(labels, "labels", {T, n});
+  } else {
+    check_like(labels, "labels", support, "support");
+    check_shape(labels, "labels", {T, n, C});
+  }
+  check_like(query, "query", support, "support");
+  check_dim(query, "query", 3, "[T, m, d]");
+  check_shape(query, "query", {T, query.size(1), d});
+  check_like(weight, "weight", support, "support");
+  check_groups(weight, "weight", T);
+  check_shape(weight, "weight", {weight.size(0), C, d});
+  if (bias) {
+    check_like(*bias, "bias", support, "support");
+    check_dim(*bias, "bias", 2, "[G, C]");
+    check_groups(*bias, "bias", T);
+    check_shape(*bias, "bias", {bias->size(0), C});
+  }
+  if (rates) check_rates(*rates, "rates", support, steps, C, true);
+  if (bias_rates) check_rates(*bias_rates, "bias_rates", support, steps, C, false);
+  if (rates && !bias_rates && bias && rates->size(3) > 1) fail("bias_rates: expected them beside rates of features");
+  if (gram && (bias_rates || (rates && rates->size(3) > 1))) fail("gram: expected rates of steps and classes alone");
+  if (steps < 0) fail("steps: expected a number of steps, got ", steps);
+}
+
+// The gradients that linear_head_vjp is given, and what was saved for it.
+inline void check_linear_head_upstream(const std::optional<Tensor>& grad_logits,
+                                       const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias,
+                                       const Tensor& support, const Tensor& query, const Tensor& weight,
+                                       const std::optional<Tensor>& bias, bool gram, const Tensor& adapted,
+                                       const Tensor& tape) {
+  const int64_t T = support.size(0), n = support.size(1), m = query.size(1), d = support.size(2), C = weight.size(1);
+  const auto check = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+    check_like(tensor, name, support, "support");
+    check_shape(tensor, name, shape);
+  };
+  if (grad_logits) check(*grad_logits, "grad_logits", {T, m, C});
+  if (grad_weight) check(*grad_weight, "grad_weight", {T, C, d});
+  if (grad_bias) check(*grad_bias, "grad_bias", {T, bias ? C : 0});
+  check(adapted, "adapted", {T, C, d});
+  check_dim(tape, "tape", 3, "[T, n + C, padded n]");
+  check(tape, "tape", {T, gram ? n + C : 0, tape.size(2)});
+}
+
 }  // namespace metafast

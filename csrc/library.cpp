@@ -21,6 +21,19 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor support_labels, Tensor query, Tensor query_labels, Tensor? temperature, float scale, Tensor logits, "
       "Tensor prototypes, int metric) -> (Tensor, Tensor, Tensor)");
 
+  // support [T, n, d], labels [T, n] or [T, n, C], query [T, m, d], weight [G, C, d], bias [G, C], rates [G, K, C, d] and
+  // bias_rates [G, K, C] (sizes of 1 stand for all; None: the number `rate`, the bias's those of the weight), where G
+  // divides T -> logits [T, m, C], weight [T, C, d], bias [T, C], and what the gradient needs
+  m.def(
+      "linear_head(Tensor support, Tensor labels, Tensor query, Tensor weight, Tensor? bias, Tensor? rates, "
+      "Tensor? bias_rates, float rate, int steps, int loss, float momentum, float weight_decay, bool first_order, "
+      "bool gram) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_head_vjp(Tensor? grad_logits, Tensor? grad_weight, Tensor? grad_bias, Tensor support, Tensor labels, "
+      "Tensor query, Tensor weight, Tensor? bias, Tensor? rates, Tensor? bias_rates, float rate, int steps, int loss, "
+      "float momentum, float weight_decay, bool first_order, bool gram, Tensor adapted, Tensor tape) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
   m.def("build_info() -> str");

@@ -4,6 +4,7 @@ from metafast import data, learners, reference
 from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
+from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.training import analyze, evaluate, fit
 
@@ -12,6 +13,8 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "FixedEpisodes",
+    "adapt_linear",
+    "adapted_logits",
     "analyze",
     "cdist",
     "check",

@@ -89,3 +89,22 @@ def temperature(value: Any, like: Tensor) -> None:
         same_device(value, "temperature", like, "support")
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"temperature: expected a number or a floating tensor, got {type(value).__name__}")
+
+
+def floating(value: Any, name: str) -> None:
+    """A floating tensor of any shape."""
+    is_tensor(value, name)
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def number(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def count(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")

@@ -116,3 +116,17 @@ def tangent_of(number: Any) -> Tensor | None:
 def constant(number: Any) -> Any:
     """``number`` without its dependence on anything: what a first-order rule takes it for."""
     return Dual(number.value.detach()) if isinstance(number, Dual) else number.detach()
+
+
+def stack(numbers: Sequence[Any], dim: int) -> Any:
+    """``torch.stack`` of tensors, or of Dual numbers."""
+    if all(isinstance(number, Tensor) for number in numbers):
+        return torch.stack(list(numbers), dim)
+    value = torch.stack([value_of(number) for number in numbers], dim)
+    tangents = [tangent_of(number) for number in numbers]
+    if all(t is None for t in tangents):
+        return Dual(value)
+    parts = [
+        torch.zeros_like(value_of(x)) if t is None else t for x, t in zip(numbers, tangents, strict=True)
+    ]
+    return Dual(value, torch.stack(parts, dim))

@@ -6,6 +6,8 @@ classes. These functions also run wherever an operator has no compiled kernel fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -154,3 +156,66 @@ def prototypical_loss(
     """
     distance = pairwise_distance(query, prototypes(support, support_labels, num_classes), metric)
     return distance_loss(distance, support_labels, query_labels, temperature)
+
+
+def adapt_linear(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: float | Tensor | tuple[float | Tensor, float | Tensor | None],
+    steps: int,
+    *,
+    loss: str = "cross_entropy",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    first_order: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``weight`` and ``bias`` after ``steps`` of ``torch.optim.SGD``'s rule on each task's own rows."""
+    n, classes = features.shape[-2], weight.shape[-2]
+    targets = labels
+    if not labels.is_floating_point():
+        targets = one_hot(labels, classes).to(features.dtype)
+        targets = targets + nan_where_invalid(labels, classes, targets)
+    parameters = [weight] if bias is None else [weight, bias]
+    buffers: list[Tensor] = []
+    for step in range(steps):
+        logits = features @ parameters[0].transpose(-1, -2)
+        if bias is not None:
+            logits = logits + parameters[1].unsqueeze(-2)
+        if loss == "mse":
+            error = 2 * (logits - targets) / (n * classes)
+        else:
+            error = (targets.sum(-1, keepdim=True) * logits.softmax(-1) - targets) / n
+        gradients = [error.transpose(-1, -2) @ features, error.sum(-2)][: len(parameters)]
+        gradients = [g + weight_decay * p for g, p in zip(gradients, parameters, strict=True)]
+        if step:
+            gradients = [momentum * b + g for b, g in zip(buffers, gradients, strict=True)]
+        buffers = [g.detach() for g in gradients] if first_order else gradients
+        rates: list[Any]
+        if isinstance(lr, tuple):
+            rates = list(lr)
+        elif isinstance(lr, Tensor) and lr.dim() > 0:
+            rates = [lr[step].unsqueeze(-1), lr[step]]
+        else:
+            rates = [lr, lr]
+        parameters = [p - r * b for p, r, b in zip(parameters, rates, buffers, strict=False)]
+    lead = torch.broadcast_shapes(features.shape[:-2], *(p.shape[:-2] for p in parameters[:1]))
+    adapted = parameters[0].expand(*lead, classes, features.shape[-1])
+    return adapted, None if bias is None else parameters[1].expand(*lead, classes)
+
+
+def adapted_logits(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lr: float | Tensor | tuple[float | Tensor, float | Tensor | None],
+    steps: int,
+    **options: Any,
+) -> Tensor:
+    """``query`` through the layer that :func:`adapt_linear` gives."""
+    adapted, adapted_bias = adapt_linear(support, labels, weight, bias, lr, steps, **options)
+    logits = query @ adapted.transpose(-1, -2)
+    return logits if adapted_bias is None else logits + adapted_bias.unsqueeze(-2)

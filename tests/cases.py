@@ -15,6 +15,8 @@ from tests import simt
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+#: Steps of the inner loops.
+STEPS = 2
 #: Sizes for derivative tests: n >= C, so that every class can have a support row.
 SMALL = {"n": 4, "m": 3, "d": 3, "C": 2}
 #: Sizes that no tile or vector divides.
@@ -40,6 +42,7 @@ class Input:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> Tensor:
+        sizes = {"K": STEPS, **sizes}
         shape = (*(lead if self.per_task else ()), *(sizes[name] for name in self.shape.split()))
         if self.kind == "labels":
             return shuffled_labels(shape, sizes["C"]).to(device)
@@ -57,6 +60,8 @@ class Case:
     reference: Callable[..., Any]
     inputs: Mapping[str, Input]
     kernels_only: bool = True  # False: a part of it is composed of torch's operators
+    promotes: bool = False  # half types give float32
+    cuda: bool = True  # False: its kernels for GPUs are still to come
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def make(
@@ -244,12 +249,42 @@ def _loss(metric: str, temperature: float | Input) -> Case:
             lambda s, sl, q, ql, tau, C: metafast.prototypical_loss(s, sl, q, ql, C, metric, tau),
             lambda s, sl, q, ql, tau, C: reference.prototypical_loss(s, sl, q, ql, C, metric, tau),
             {**inputs, "temperature": temperature},
+            promotes=True,
         )
     return Case(
         f"prototypical_loss-{metric}",
         lambda s, sl, q, ql, C: metafast.prototypical_loss(s, sl, q, ql, C, metric, temperature),
         lambda s, sl, q, ql, C: reference.prototypical_loss(s, sl, q, ql, C, metric, temperature),
         inputs,
+        promotes=True,
+    )
+
+
+def _head(name: str, inputs: Mapping[str, Input], **options: Any) -> Case:
+    """``inputs`` name the arguments of adapted_logits; "rate" and "bias_rate" become its lr."""
+
+    def run(function: Callable[..., Any], values: Sequence[Tensor]) -> Any:
+        given = dict(zip(inputs, values, strict=True))
+        # Small enough for steps that contract: others magnify every rounding.
+        lr: Any = given.pop("rate", 1.0) * 0.05
+        if "bias_rate" in given:
+            lr = (lr, given.pop("bias_rate") * 0.05)
+        given.setdefault("bias", None)
+        if "query" in given:
+            return function(**given, lr=lr, steps=STEPS, **options)
+        given["features"] = given.pop("support")
+        return function(**given, lr=lr, steps=STEPS, **options)
+
+    public = metafast.adapted_logits if "query" in inputs else metafast.adapt_linear
+    plain = reference.adapted_logits if "query" in inputs else reference.adapt_linear
+    return Case(
+        f"{public.__name__}-{name}",
+        lambda *values: run(public, values[:-1]),
+        lambda *values: run(plain, values[:-1]),
+        inputs,
+        kernels_only=False,
+        promotes=True,
+        cuda=False,
     )
 
 
@@ -282,4 +317,51 @@ CASES = (
     _loss("euclidean", 0.7),
     _loss("cityblock", _SHARED_TEMPERATURE),
     _loss("cosine", _TASK_TEMPERATURE),
+    _head(
+        "rate_per_step",
+        {
+            "support": Input("n d"),
+            "labels": Input("n", "labels"),
+            "query": Input("m d"),
+            "weight": Input("C d", per_task=False),
+            "bias": Input("C", per_task=False),
+            "rate": Input("K", "positive", per_task=False),
+        },
+    ),
+    _head(
+        "soft_labels-momentum-decay",
+        {
+            "support": Input("n d"),
+            "labels": Input("n C", "positive"),
+            "query": Input("m d"),
+            "weight": Input("C d"),
+            "rate": Input("K C", "positive", per_task=False),
+        },
+        momentum=0.9,
+        weight_decay=0.1,
+    ),
+    _head(
+        "rate_per_parameter",
+        {
+            "support": Input("n d"),
+            "labels": Input("n", "labels"),
+            "query": Input("m d"),
+            "weight": Input("C d", per_task=False),
+            "bias": Input("C", per_task=False),
+            "rate": Input("C d", "positive", per_task=False),
+            "bias_rate": Input("C", "positive", per_task=False),
+        },
+        momentum=0.9,
+    ),
+    _head(
+        "mse",
+        {
+            "support": Input("n d"),
+            "labels": Input("n C"),
+            "weight": Input("C d"),
+            "bias": Input("C"),
+        },
+        loss="mse",
+        weight_decay=0.1,
+    ),
 )

@@ -13,25 +13,34 @@ from typing import Any
 import pytest
 import torch
 
-from metafast import _library
-from tests import simt
+pytest.register_assert_rewrite("tests.cases")
+
+from metafast import _library  # noqa: E402  (after the line above)
+from tests import simt  # noqa: E402
+from tests.cases import Case  # noqa: E402
 
 # cuBLAS asks for it in deterministic mode, before the first CUDA call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-pytest.register_assert_rewrite("tests.cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "emulated: runs the kernels of csrc/cuda in the emulator")
 
 
+def _wanted(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = parameters.get("case")
+    if isinstance(case, Case) and not case.cuda:
+        devices = [parameters[name][0] for name in ("device", "kernels", "hardware") if name in parameters]
+        if any(device != "cpu" for device in devices):
+            return False
+    return simt.kind() == "plain" or item.get_closest_marker("emulated") is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if simt.kind() == "plain":
-        return
-    others = [item for item in items if item.get_closest_marker("emulated") is None]
+    others = [item for item in items if not _wanted(item)]
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item.get_closest_marker("emulated") is not None]
+    items[:] = [item for item in items if _wanted(item)]
 
 
 def _vector_bits_or_reason(bits: int) -> str:

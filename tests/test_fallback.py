@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import prototype
+from metafast import linear_head, prototype
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from tests.cases import (
     CASES,
@@ -40,6 +40,8 @@ OPERATORS = (
     prototype.MEANS_VJP,
     prototype.LOSS,
     prototype.LOSS_VJP,
+    linear_head.HEAD,
+    linear_head.HEAD_VJP,
 )
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -188,7 +190,7 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
-from metafast import prototype
+from metafast import linear_head, prototype
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 
 bare = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)

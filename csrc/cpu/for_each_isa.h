@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/isa.h"
+#include "cpu/terms.h"
 #include "dispatch.h"
 #include "math/distance.h"
 #include "tensor.h"

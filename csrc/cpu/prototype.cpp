@@ -1,5 +1,6 @@
 // Class means and the prototypical loss on the CPU: threads over tasks and features (means, gradients) or query rows (loss).
 #include "cpu/distance.h"
+#include "cpu/labels.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,28 +18,6 @@
 
 namespace metafast {
 namespace {
-
-// Class numbers [T, n] in rows, checked.
-struct Labels {
-  Tensor tensor;
-  const int64_t* labels;
-  int64_t tasks;
-  int64_t n;
-  int64_t num_classes;
-
-  Labels(const Tensor& any, const char* name, int64_t num_classes_)
-      : tensor(any.is_contiguous() ? any : torch::stable::contiguous(any)),
-        labels(tensor.const_data_ptr<int64_t>()),
-        tasks(any.size(0)),
-        n(any.size(1)),
-        num_classes(num_classes_) {
-    const int64_t* const end = labels + tasks * n;
-    const int64_t* const bad = std::find_if(labels, end, [&](int64_t y) { return y < 0 || y >= num_classes; });
-    if (bad != end) fail(name, ": expected class numbers from 0 to ", num_classes - 1, ", got ", *bad);
-  }
-
-  const int64_t* of(int64_t t) const { return labels + t * n; }
-};
 
 // One over the number of rows of each class (0 for none).
 template <class A>
@@ -206,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
   const int64_t T = query_any.size(0), n = support.size(1), m = query_any.size(1), d = query_any.size(2);
   const int64_t C = logits_any.size(2);
   const Tensor query = contiguous_rows(query_any), prototypes = contiguous_rows(prototypes_any);
-  const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
+  const Tensor logits = dense(logits_any);
   Tensor grad_support = empty(query, {T, n, d}), grad_query = empty(query, {T, m, d});
   Tensor grad_temperature = empty(query, {temperature ? T : 0});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {

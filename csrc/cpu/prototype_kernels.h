@@ -1,6 +1,6 @@
 // Class means and the prototypical loss of one task. Read once for each instruction set: no guard.
 
-#include "cpu/distance_kernels.h"
+#include "cpu/row_kernels.h"
 
 // One class mean over N vectors of features from k: order names its `count` rows.
 template <class S, int N>
@@ -59,30 +59,7 @@ void spread_means(Rows<const S> grad, const int64_t* labels, const accumulate_t<
   }
 }
 
-// Columns of query rows: class-major, so that the vectors run over rows whatever the number of classes.
-
-// columns [C, padded rows] = exp(columns - max); maxima and totals [padded rows] are their largest entries and sums.
-// NaN spreads over its row, as in torch: the maximum may lose it, the sum does not.
-template <class A>
-METAFAST_HOST_DEVICE void softmax_columns(A* columns, int64_t rows, int64_t num_classes, A* maxima, A* totals) {
-  using V = vector_t<A>;
-  const int64_t stride = padded(rows);
-  for (int64_t i = 0; i < rows; i += kWidth<A>) {
-    V largest = load<A>(columns + i);
-    for (int64_t c = 1; c < num_classes; ++c) {
-      const V value = load<A>(columns + c * stride + i);
-      largest = largest >= value ? largest : value;
-    }
-    V total = {};
-    for (int64_t c = 0; c < num_classes; ++c) {
-      const V value = exponential(load<A>(columns + c * stride + i) - largest);
-      store<A>(columns + c * stride + i, value);
-      total += value;
-    }
-    store<A>(maxima + i, largest);
-    store<A>(totals + i, total);
-  }
-}
+// Columns of query rows are class-major, so that the vectors run over rows whatever the number of classes.
 
 // Logits [rows, C] = -temperature D(query, prototype) and the cross-entropy of the query rows begin..end;
 // inverse_count is 0 for a class without support. scratch holds padded(rows) (C + 2) numbers.

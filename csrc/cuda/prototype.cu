@@ -19,7 +19,7 @@ using torch::stable::new_empty;
 struct TaskLabels {
   Tensor tensor;
 
-  explicit TaskLabels(const Tensor& any) : tensor(any.is_contiguous() ? any : torch::stable::contiguous(any)) {}
+  explicit TaskLabels(const Tensor& any) : tensor(dense(any)) {}
   cuda::Labels view() const { return {tensor.const_data_ptr<int64_t>(), tensor.size(1)}; }
 };
 
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_vjp(
   const auto guard = cuda::device_guard(query_any);
   const TaskLabels support_labels(support_labels_any), query_labels(query_labels_any);
   const Tensor query = contiguous_rows(query_any), means = contiguous_rows(prototypes_any);
-  const Tensor logits = logits_any.is_contiguous() ? logits_any : torch::stable::contiguous(logits_any);
+  const Tensor logits = dense(logits_any);
   const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2), C = logits.size(2);
   Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});
   Tensor grad_temperature = new_empty(query, {temperature ? T : 0});

@@ -103,11 +103,8 @@ struct Cityblock {
   }
 };
 
-// The sum is x . y. Close directions are measured again by what is left of x without its share of y, whose rounding is
-// small beside itself: 1 - cos = sin^2 / (1 + cos) with sin^2 = |x - (x.y / y.y) y|^2 / x.x
-struct Cosine {
-  static constexpr bool kRows = true;
-  static constexpr bool kSlopeOfSum = true;
+// The inner product, a part of the cosine.
+struct Dot {
   // Fused for single numbers too, wherever the compiler stands: x . x and x . y of equal rows must round alike.
   template <class V>
   static METAFAST_HOST_DEVICE void add(V& sum, V x, V y) {
@@ -117,6 +114,13 @@ struct Cosine {
       sum += x * y;
     }
   }
+};
+
+// The sum is x . y. Close directions are measured again by what is left of x without its share of y, whose rounding is
+// small beside itself: 1 - cos = sin^2 / (1 + cos) with sin^2 = |x - (x.y / y.y) y|^2 / x.x
+struct Cosine : Dot {
+  static constexpr bool kRows = true;
+  static constexpr bool kSlopeOfSum = true;
   template <class V>
   static METAFAST_HOST_DEVICE V step_x(V, V y) {
     return -y;
