@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import episodes
-from metafast import pairwise_distance, prototypes, prototypical_loss, reference
+from metafast import adapted_logits, pairwise_distance, prototypes, prototypical_loss, reference
 
 OURS = "metafast"
 
@@ -191,6 +191,21 @@ def head_inputs(sizes: Sizes) -> Inputs:
     )
 
 
+def anil_inputs(steps: int) -> Callable[[Sizes], Inputs]:
+    """The arguments of ANIL's head: everything but the labels gets its gradient, the rates of the steps too."""
+
+    def inputs(sizes: Sizes) -> Inputs:
+        g = torch.Generator().manual_seed(4)
+        support, labels, query, _, ways = head_inputs(sizes).arguments
+        weight = torch.randn(ways, sizes.features, generator=g) / math.sqrt(sizes.features)
+        bias, rates = torch.randn(ways, generator=g), 0.05 + 0.1 * torch.rand(steps, generator=g)
+        parameters = (t.requires_grad_() for t in (weight, bias, rates))
+        upstream = torch.randn(sizes.tasks, sizes.query_rows, ways, generator=g)
+        return Inputs((support, labels, query, *parameters), upstream)
+
+    return inputs
+
+
 def prototypes_inputs(sizes: Sizes) -> Inputs:
     g = torch.Generator().manual_seed(1)
     labels = shuffled_labels(sizes.tasks, sizes.ways, sizes.shots, g)
@@ -312,6 +327,68 @@ def four_calls(x: Tensor, y: Tensor) -> Tensor:
     return x.sub(y).square().sum(-1, keepdim=True).mul(1.0)
 
 
+def fused_anil(
+    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, rates: Tensor
+) -> Tensor:
+    return adapted_logits(support, labels, query, weight, bias, rates, len(rates))
+
+
+def reference_anil(
+    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, rates: Tensor
+) -> Tensor:
+    return reference.adapted_logits(support, labels, query, weight, bias, rates, len(rates))
+
+
+def anil_of_first_step(
+    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, rates: Tensor
+) -> Tensor:
+    return adapted_logits(support, labels, query, weight, bias, rates[:1], 1)
+
+
+def anil_task(
+    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, rates: Tensor
+) -> Tensor:
+    for rate in rates.unbind():
+        loss = torch.func.grad(lambda w, b: F.cross_entropy(F.linear(support, w, b), labels), (0, 1))
+        to_weight, to_bias = loss(weight, bias)
+        weight, bias = weight - rate * to_weight, bias - rate * to_bias
+    return F.linear(query, weight, bias)
+
+
+vmapped_anil = torch.func.vmap(anil_task, (0, 0, 0, None, None, None))
+
+
+def anil_on_gram_matrix(
+    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, rates: Tensor
+) -> Tensor:
+    """The steps on the Gram matrix of the support rows, in torch's own operators."""
+    n = support.shape[1]
+    target = F.one_hot(labels, weight.shape[0]).to(support.dtype)
+    gram = support @ support.mT + 1
+    first = F.linear(support, weight, bias)
+    logits, span = first, torch.zeros_like(first)
+    for rate in rates.unbind():
+        step = rate / n * (logits.softmax(-1) - target)
+        logits, span = logits - gram @ step, span + step
+    weight, bias = weight - span.mT @ support, bias - span.sum(1)
+    return torch.baddbmm(bias.unsqueeze(1), query, weight.mT)
+
+
+def looped_anil(
+    support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, bias: Tensor, rates: Tensor
+) -> Tensor:
+    """One task after the other, each step by torch.autograd: the shape of learn2learn's MAML."""
+    outputs = []
+    for x, y, q in zip(support.unbind(), labels.unbind(), query.unbind(), strict=True):
+        own_weight, own_bias = weight.clone(), bias.clone()
+        for rate in rates.unbind():
+            loss = F.cross_entropy(F.linear(x, own_weight, own_bias), y)
+            to_weight, to_bias = torch.autograd.grad(loss, (own_weight, own_bias), create_graph=True)
+            own_weight, own_bias = own_weight - rate * to_weight, own_bias - rate * to_bias
+        outputs.append(F.linear(q, own_weight, own_bias))
+    return torch.stack(outputs)
+
+
 def builder(function: Callable[..., Call], inputs: Inputs) -> Call:
     """What builds data has no gradient and makes its own call."""
     return function(*inputs.arguments)
@@ -390,6 +467,34 @@ def distance_case(features: int, goal: Goal) -> Case:
     )
 
 
+def anil_case(features: int, steps: int, goals: tuple[Goal, ...], compiled: bool = True) -> Case:
+    sizes = Sizes(features=features)
+    n, m, ways = sizes.support_rows, sizes.query_rows, sizes.ways
+    variants = [
+        Variant(OURS, fused_anil),
+        Variant("torch.func.vmap", vmapped_anil),
+        Variant("torch.compile, torch.func.vmap", vmapped_anil, compiled=True),
+        Variant("Gram matrix, eager", anil_on_gram_matrix),
+        Variant("loop over tasks", looped_anil),
+        Variant("metafast, one step", anil_of_first_step, checked=False),
+    ]
+    return Case(
+        name=f"anil-d{features}-K{steps}",
+        title=f"ANIL head, d = {features}, K = {steps}",
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=anil_inputs(steps),
+        check=against_float64(reference_anil),
+        variants=tuple(v for v in variants if compiled or not v.compiled),
+        goals=goals,
+        # The features are read by the forward pass, read again by the backward pass and their gradients written.
+        traffic=3 * sizes.tasks * (n + m) * features * FLOAT_BYTES,
+        flops=sizes.tasks
+        * ((12 * n * ways + 3 * n * n + 6 * m * ways) * features + 6 * steps * n * n * ways),
+        quick=steps == 5,
+    )
+
+
 def host_cost_case(
     name: str,
     inputs: Callable[[Sizes], Inputs],
@@ -453,6 +558,34 @@ CASES: tuple[Case, ...] = (
     prototypes_case(64, Goal(("one-hot bmm", "index_add"), 1.4, 3.0)),
     distance_case(1600, Goal(("torch.cdist, squared",), 2.5, 6.0)),
     distance_case(64, Goal(("torch.cdist, squared",), 2.5, 6.0)),
+    anil_case(
+        1600,
+        5,
+        (
+            Goal(("torch.func.vmap",), 8.0, 13.0),
+            Goal(("torch.compile, torch.func.vmap",), 7.0, 11.0),
+            Goal(("loop over tasks",), 50.0, 80.0),
+        ),
+    ),
+    anil_case(
+        1600,
+        10,
+        (
+            Goal(("torch.func.vmap",), 14.0, 21.0),
+            Goal(("loop over tasks",), 70.0, 110.0),
+            Goal(("metafast, one step",), 1.25, 1.1, at_most=True),
+        ),
+        compiled=False,
+    ),
+    anil_case(
+        64,
+        5,
+        (
+            Goal(("torch.func.vmap",), 10.0, 25.0),
+            Goal(("torch.compile, torch.func.vmap",), 3.0, 8.0),
+            Goal(("loop over tasks",), 90.0, 200.0),
+        ),
+    ),
     host_cost_case(
         "pairwise_distance",
         distance_inputs,

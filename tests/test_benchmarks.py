@@ -44,8 +44,8 @@ def test_traffic_and_arithmetic_of_the_head() -> None:
 def test_find() -> None:
     assert cases.find([]) == cases.CASES
     assert [case.name for case in cases.find(["prototypes-d"])] == ["prototypes-d1600", "prototypes-d64"]
-    with pytest.raises(ValueError, match="no case named 'anil'"):
-        cases.find(["anil"])
+    with pytest.raises(ValueError, match="no case named 'transformer'"):
+        cases.find(["transformer"])
 
 
 @pytest.mark.parametrize(
