@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,10 +141,9 @@ def merge(values: tuple[Tensor, ...], index: tuple[int, ...], replaced: tuple[Te
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_over_everything(case: Case, name: str, device: torch.device) -> None:
     """All inputs mapped, labels too, each along another dimension."""
-    inputs = case.make((3, 2), TINY, device=device)
     inputs = [
-        t if s.per_task else torch.rand(3, dtype=torch.float64, device=device) + 0.5
-        for t, s in zip(inputs, case.inputs.values(), strict=True)
+        replace(s, per_task=True).make((3, 2) if s.per_task else (3,), TINY, device=device)
+        for s in case.inputs.values()
     ]
     dims = tuple(k % t.dim() for k, t in enumerate(inputs))
     inputs = [t.movedim(0, d) for t, d in zip(inputs, dims, strict=True)]
