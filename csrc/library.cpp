@@ -21,6 +21,15 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor support_labels, Tensor query, Tensor query_labels, Tensor? temperature, float scale, Tensor logits, "
       "Tensor prototypes, int metric) -> (Tensor, Tensor, Tensor)");
 
+  // support [T, n, d], labels [T, n] or weights [T, n, C], query [T, m, d], regularisation, scale and offset [T]
+  // -> logits [T, m, C]; and weight [T, C, d], alpha [T, C, n], factor [T, n, n] for the backward
+  m.def(
+      "ridge_logits(Tensor support, Tensor labels, Tensor query, Tensor regularisation, Tensor scale, Tensor offset, "
+      "int num_classes) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ridge_logits_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor regularisation, Tensor scale, "
+      "Tensor weight, Tensor alpha, Tensor factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
   m.def("build_info() -> str");

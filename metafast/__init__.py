@@ -5,6 +5,7 @@ from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
 from metafast.prototype import prototypes, prototypical_loss
+from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "prototypes",
     "prototypical_loss",
     "reference",
+    "ridge_logits",
 ]

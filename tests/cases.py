@@ -58,6 +58,7 @@ class Case:
     inputs: Mapping[str, Input]
     kernels_only: bool = True  # False: a part of it is composed of torch's operators
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    condition: float = 1.0  # how much larger than their inputs' the rounding errors of the results may be
 
     def make(
         self,
@@ -138,14 +139,20 @@ def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assert_accurate(
-    actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype
+    actual: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+    condition: float = 1.0,
 ) -> None:
     """At most twice the error of the plain formula in ``dtype``, and a few roundings of 1 or of the largest value.
+
+    ``condition`` is by how much the function enlarges roundings: the plain formula's own error may be a lucky one.
 
     One number per task (the loss, the gradient of a temperature) sums terms as large as the other results, and is
     rounded as they are.
     """
-    floor = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 4)
+    floor = condition * torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 4)
     per_row = max(e.dim() for e in exact) - 1
     largest = max(largest_finite(e) for e in exact)
     for k, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
@@ -253,6 +260,26 @@ def _loss(metric: str, temperature: float | Input) -> Case:
     )
 
 
+def _ridge(labels: Input, **scalars: Input) -> Case:
+    soft = labels.kind != "labels"
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(s: Tensor, y: Tensor, q: Tensor, *rest: Any) -> Any:
+            own = dict(zip(scalars, rest[:-1], strict=True))
+            return function(s, y, q, own.pop("regularisation", 0.8), **own, num_classes=rest[-1])
+
+        return of
+
+    return Case(
+        "ridge_logits" + ("-soft" if soft else "") + ("-scalars" if scalars else ""),
+        call(metafast.ridge_logits),
+        call(reference.ridge_logits),
+        {"support": Input("n d"), "labels": labels, "query": Input("m d"), **scalars},
+        kernels_only=False,
+        condition=16.0,
+    )
+
+
 _SHARED_TEMPERATURE = Input("", "positive", per_task=False)
 _TASK_TEMPERATURE = Input("", "positive")
 
@@ -282,4 +309,11 @@ CASES = (
     _loss("euclidean", 0.7),
     _loss("cityblock", _SHARED_TEMPERATURE),
     _loss("cosine", _TASK_TEMPERATURE),
+    _ridge(Input("n", "labels")),
+    _ridge(
+        Input("n C"),
+        regularisation=Input("", "positive"),
+        scale=Input("", "positive", per_task=False),
+        offset=Input(""),
+    ),
 )

@@ -1,0 +1,202 @@
+// The ridge regression head on the CPU: threads over tasks, or over rows and features where tasks are few.
+#include "cpu/ridge.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "arguments.h"
+#include "cpu/distance.h"
+
+#define METAFAST_KERNELS "cpu/ridge_kernels.h"
+#include "cpu/for_each_isa.h"
+
+namespace metafast {
+namespace {
+
+constexpr int64_t kRowBlock = 16;
+
+// Rows of a copy in which every row is padded with zeros to whole vectors.
+template <class A>
+void pad_rows(const A* from, int64_t rows, int64_t columns, A* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::copy(from + i * columns, from + (i + 1) * columns, to + i * stride);
+    std::fill(to + i * stride + columns, to + (i + 1) * stride, A(0));
+  }
+}
+
+// to [C, stride] = the targets of one task, class by class: one-hot class numbers or the weights [n, C].
+template <class A>
+void targets(const Tensor& labels, int64_t t, int64_t n, int64_t num_classes, A* to, int64_t stride) {
+  std::fill(to, to + num_classes * stride, A(0));
+  if (labels.dim() == 2) {
+    const int64_t* numbers = labels.const_data_ptr<int64_t>() + t * n;
+    for (int64_t i = 0; i < n; ++i) to[numbers[i] * stride + i] = A(1);
+  } else {
+    const A* weights = labels.const_data_ptr<A>() + t * n * num_classes;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < num_classes; ++c) to[c * stride + i] = weights[i * num_classes + c];
+    }
+  }
+}
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_any, const Tensor& labels_any,
+                                                        const Tensor& query_any, const Tensor& regularisation_any,
+                                                        const Tensor& scale_any, const Tensor& offset_any,
+                                                        int64_t num_classes) {
+  check_cpu(support_any, "support");
+  check_ridge(support_any, labels_any, query_any, regularisation_any, scale_any, num_classes);
+  check_like(offset_any, "offset", support_any, "support");
+  check_shape(offset_any, "offset", {support_any.size(0)});
+  const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
+  const Tensor labels = dense(labels_any), regularisation = dense(regularisation_any);
+  const Tensor scale = dense(scale_any), offset = dense(offset_any);
+  const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2), C = num_classes;
+  if (labels.dim() == 2) {
+    const int64_t* const numbers = labels.const_data_ptr<int64_t>();
+    for (int64_t k = 0; k < T * n; ++k) {
+      if (numbers[k] < 0 || numbers[k] >= C) {
+        fail("labels: expected class numbers from 0 to ", C - 1, ", got ", numbers[k]);
+      }
+    }
+  }
+  Tensor logits = empty(query, {T, m, C}), weight = empty(query, {T, C, d});
+  Tensor alpha = empty(query, {T, C, n}), factor = empty(query, {T, n, n});
+  dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
+    using A = typename decltype(dtype)::type;
+    auto* gram_of = METAFAST_KERNEL(ridge_gram<A>);
+    auto* factorise = METAFAST_KERNEL(cholesky<A>);
+    auto* solve = METAFAST_KERNEL(cholesky_solve<A>);
+    auto* combine = METAFAST_KERNEL(combine<A>);
+    auto* products = METAFAST_KERNEL(ridge_products<A>);
+    const auto rows_support = input_rows<A>(support), rows_query = input_rows<A>(query);
+    const Rows<A> rows_weight{weight.template mutable_data_ptr<A>(), C * d, d};
+    const Rows<const A> rows_weight_in{rows_weight.data, C * d, d};
+    A *alphas = alpha.template mutable_data_ptr<A>(), *factors = factor.template mutable_data_ptr<A>();
+    A* out = logits.template mutable_data_ptr<A>();
+    const A *ridges = regularisation.template const_data_ptr<A>(), *scales = scale.template const_data_ptr<A>();
+    const A* offsets = offset.template const_data_ptr<A>();
+    const int64_t stride = padded(n);
+    const PerRow<A> gram(T, n * stride);
+    const Chunks chunks(T, d, 1);
+    const auto products_of_rows = [&](int64_t t, int64_t block) {
+      gram_of(rows_support, ridges[t], gram.of(t), stride, t, block * kRowBlock, std::min((block + 1) * kRowBlock, n),
+              n, d);
+    };
+    const auto solutions = [&](int64_t t, int64_t) {
+      const Scratch<A> b(C * stride);
+      A* u = gram.of(t);
+      factorise(u, n, stride);
+      targets<A>(labels, t, n, C, b.get(), stride);
+      solve(u, n, stride, b.get(), C);
+      for (int64_t c = 0; c < C; ++c) std::copy_n(b.get() + c * stride, n, alphas + (t * C + c) * n);
+      for (int64_t i = 0; i < n; ++i) std::copy_n(u + i * stride, n, factors + (t * n + i) * n);
+    };
+    const auto weights = [&](int64_t t, int64_t chunk) {
+      const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
+      combine({alphas + t * C * n, n, 1}, rows_support.row(t, 0) + first, rows_support.row_stride, n, A(1), false,
+              rows_weight.row(t, 0) + first, d, C, last - first);
+    };
+    const auto rows = [&](int64_t t, int64_t block) {
+      products(rows_query, rows_weight_in, scales[t], offsets[t], out + t * m * C, C, 1, t, block * kRowBlock,
+               std::min((block + 1) * kRowBlock, m), C, d);
+    };
+    parallel_stages(T, Stage{(n + kRowBlock - 1) / kRowBlock, kRowBlock * n * d / 2, products_of_rows},
+                    Stage{1, n * n * (n / 6 + C), solutions}, Stage{chunks.count, n * C * chunks.size, weights},
+                    Stage{(m + kRowBlock - 1) / kRowBlock, std::min(m, kRowBlock) * C * d, rows});
+  });
+  return {logits, weight, alpha, factor};
+}
+
+// The gradients for support, labels (of weights), query, regularisation, scale and offset.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
+    const Tensor& grad_any, const Tensor& support_any, const Tensor& labels, const Tensor& query_any,
+    const Tensor& regularisation, const Tensor& scale_any, const Tensor& weight_any, const Tensor& alpha_any,
+    const Tensor& factor_any) {
+  check_cpu(support_any, "support");
+  const int64_t C = grad_any.dim() == 3 ? grad_any.size(2) : 0;
+  check_ridge(support_any, labels, query_any, regularisation, scale_any, C);
+  check_ridge_upstream(grad_any, support_any, query_any, weight_any, alpha_any, factor_any);
+  const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
+  const Tensor grad = dense(grad_any), scale = dense(scale_any), weight = dense(weight_any);
+  const Tensor alpha = dense(alpha_any), factor = dense(factor_any);
+  const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2);
+  const bool soft = labels.dim() == 3;
+  Tensor grad_support = empty(query, {T, n, d}), grad_query = empty(query, {T, m, d});
+  Tensor grad_labels = empty(query, {soft ? T : 0, n, C}), grad_regularisation = empty(query, {T});
+  Tensor grad_scale = empty(query, {T}), grad_offset = empty(query, {T});
+  dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
+    using A = typename decltype(dtype)::type;
+    auto* solve = METAFAST_KERNEL(cholesky_solve<A>);
+    auto* combine = METAFAST_KERNEL(combine<A>);
+    auto* products = METAFAST_KERNEL(ridge_products<A>);
+    auto* dot = METAFAST_KERNEL(ridge_dot<A>);
+    const auto rows_support = input_rows<A>(support), rows_query = input_rows<A>(query);
+    const auto rows_grad_support = output_rows<A>(grad_support), rows_grad_query = output_rows<A>(grad_query);
+    const A *upstream = grad.template const_data_ptr<A>(), *weights = weight.template const_data_ptr<A>();
+    const A *alphas = alpha.template const_data_ptr<A>(), *factors = factor.template const_data_ptr<A>();
+    const A* scales = scale.template const_data_ptr<A>();
+    A* to_labels = soft ? grad_labels.template mutable_data_ptr<A>() : nullptr;
+    A *to_regularisation = grad_regularisation.template mutable_data_ptr<A>(),
+      *to_scale = grad_scale.template mutable_data_ptr<A>(), *to_offset = grad_offset.template mutable_data_ptr<A>();
+    const int64_t stride = padded(n);
+    // The gradient of the weight before its scale, then without what the solution takes back; and that of the solution.
+    const PerRow<A> slopes(T, C * d), u(T, C * stride);
+    const Chunks chunks(T, d, 1);
+    const auto queries = [&](int64_t t, int64_t chunk) {
+      const int64_t first = chunk * chunks.size, columns = std::min(chunks.size, d - first);
+      combine({upstream + t * m * C, 1, C}, rows_query.row(t, 0) + first, rows_query.row_stride, m, A(1), false,
+              slopes.of(t) + first, d, C, columns);
+      combine({upstream + t * m * C, C, 1}, weights + t * C * d + first, d, C, scales[t], false,
+              rows_grad_query.row(t, 0) + first, d, m, columns);
+    };
+    const auto solutions = [&](int64_t t, int64_t) {
+      const Scratch<A> padded_factor(n * stride);
+      A* b = u.of(t);
+      pad_rows<A>(factors + t * n * n, n, n, padded_factor.get(), stride);
+      std::fill(b, b + C * stride, A(0));
+      products(rows_support, {slopes.of(t), 0, d}, scales[t], A(0), b, 1, stride, t, 0, n, C, d);
+      solve(padded_factor.get(), n, stride, b, C);
+      double regularisation_sum = 0, scale_sum = 0, offset_sum = 0;
+      for (int64_t c = 0; c < C; ++c) {
+        for (int64_t i = 0; i < n; ++i) regularisation_sum -= double(b[c * stride + i]) * alphas[(t * C + c) * n + i];
+        scale_sum += dot(slopes.of(t) + c * d, weights + (t * C + c) * d, d);
+      }
+      for (int64_t k = 0; k < m * C; ++k) offset_sum += upstream[t * m * C + k];
+      to_regularisation[t] = static_cast<A>(regularisation_sum);
+      to_scale[t] = static_cast<A>(scale_sum);
+      to_offset[t] = static_cast<A>(offset_sum);
+      if (!soft) return;
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < C; ++c) to_labels[(t * n + i) * C + c] = b[c * stride + i];
+      }
+    };
+    const auto supports = [&](int64_t t, int64_t chunk) {
+      const int64_t first = chunk * chunks.size, columns = std::min(chunks.size, d - first);
+      A* slope = slopes.of(t) + first;
+      for (int64_t c = 0; c < C; ++c) {
+        for (int64_t k = 0; k < columns; ++k) slope[c * d + k] *= scales[t];
+      }
+      combine({u.of(t), stride, 1}, rows_support.row(t, 0) + first, rows_support.row_stride, n, A(-1), true, slope, d,
+              C, columns);
+      A* to = rows_grad_support.row(t, 0) + first;
+      combine({alphas + t * C * n, 1, n}, slope, d, C, A(1), false, to, d, n, columns);
+      combine({u.of(t), 1, stride}, weights + t * C * d + first, d, C, A(-1), true, to, d, n, columns);
+    };
+    parallel_stages(T, Stage{chunks.count, 2 * m * C * chunks.size, queries}, Stage{1, n * C * (d + 2 * n), solutions},
+                    Stage{chunks.count, 3 * n * C * chunks.size, supports});
+  });
+  return {grad_support, grad_labels, grad_query, grad_regularisation, grad_scale, grad_offset};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  m.impl("ridge_logits", TORCH_BOX(&ridge_logits));
+  m.impl("ridge_logits_vjp", TORCH_BOX(&ridge_logits_vjp));
+}
+
+}  // namespace metafast
