@@ -104,7 +104,7 @@ inline void check_ridge_upstream(const Tensor& grad, const Tensor& support, cons
   };
   check(grad, "grad", {T, m, C});
   check(weight, "weight", {T, C, d});
-  check(alpha, "alpha", {T, C, n});
+  check(alpha, "alpha", {T, n, C});
   check(factor, "factor", {T, n, n});
 }
 

@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor prototypes, int metric) -> (Tensor, Tensor, Tensor)");
 
   // support [T, n, d], labels [T, n] or weights [T, n, C], query [T, m, d], regularisation, scale and offset [T]
-  // -> logits [T, m, C]; and weight [T, C, d], alpha [T, C, n], factor [T, n, n] for the backward
+  // -> logits [T, m, C]; and weight [T, C, d], alpha [T, n, C], factor [T, n, n] for the backward
   m.def(
       "ridge_logits(Tensor support, Tensor labels, Tensor query, Tensor regularisation, Tensor scale, Tensor offset, "
       "int num_classes) -> (Tensor, Tensor, Tensor, Tensor)");

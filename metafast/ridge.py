@@ -33,8 +33,9 @@ def ridge_logits(
 
     with Y one-hot or given. There is no bias: append a column of ones to the features for one, as R2-D2 does.
     Bertinetto, Henriques, Torr and Vedaldi, *Meta-learning with differentiable closed-form solvers*, 2019. One fused
-    operator gives the logits, and another all gradients, by the same Cholesky factor of the n x n matrix: n^2 d + n^3 / 3
-    operations of a task, few for the n of few-shot tasks, also where n > d. Differentiable to any order.
+    operator gives the logits, and another all gradients, by the same Cholesky factor of the n x n matrix. That costs
+    n^2 d + n^3 / 3 operations a task: little for few shots, more than the d x d matrix would where n is well above d.
+    Differentiable to any order.
 
     Args:
         support: X, ``[..., n, d]`` features; half types are promoted to float32.
@@ -52,9 +53,9 @@ def ridge_logits(
 
     Raises:
         TypeError: wrong kind or dtype of an argument.
-        ValueError: ``regularisation`` is a number that is not positive; shapes or devices do not fit; ``num_classes`` is
-            missing, or is not the width of the targets; on the CPU, a class number outside 0 to C - 1 (on a GPU the
-            results of that task are NaN).
+        ValueError: ``regularisation`` is a number that is not positive; shapes or devices do not fit;
+            ``num_classes`` is missing, or is not the width of the targets; on the CPU, a class number outside 0 to
+            C - 1 (on a GPU the results of that task are NaN).
 
     Example:
         >>> support = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -83,7 +84,7 @@ def ridge_logits(
         _check.same_size(labels, -1, "labels", support, -2, "support")
         if num_classes is None:
             raise ValueError("num_classes: expected with int64 labels, got None")
-    scalars = {"regularisation": regularisation, "scale": scale, "offset": offset}
+    scalars: dict[str, Any] = {"regularisation": regularisation, "scale": scale, "offset": offset}
     for name, value in scalars.items():
         _check.scalar(value, name, support, "support")
     if not isinstance(regularisation, Tensor) and not regularisation > 0:
@@ -109,8 +110,8 @@ def ridge_logits(
         return value.expand((*lead, *own)).reshape((tasks, *own))
 
     def per_task(name: str) -> Tensor:
-        value = learned.get(name)
-        return support.new_full((tasks,), scalars[name]) if value is None else fold(value, 0)
+        value = scalars[name]
+        return fold(learned[name], 0) if isinstance(value, Tensor) else support.new_full((tasks,), value)
 
     logits = call(
         RIDGE,
@@ -131,11 +132,10 @@ def _per_task(value: Any) -> Any:
 
 
 def _targets(labels: Any, num_classes: int, like: Tensor) -> Any:
-    """Y transposed, ``[T, C, n]``."""
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         hot = reference.one_hot(labels, num_classes).to(like.dtype)
-        return (hot + reference.nan_where_invalid(labels, num_classes, like)).mT
-    return labels.mT
+        return hot + reference.nan_where_invalid(labels, num_classes, like)
+    return labels
 
 
 def _gram(support: Any, regularisation: Any) -> Any:
@@ -147,11 +147,11 @@ def _gram(support: Any, regularisation: Any) -> Any:
 
 
 def _solution(support: Any, labels: Any, regularisation: Any, num_classes: int) -> tuple[Any, Any, Any]:
-    """``weight [T, C, d]``, ``alpha [T, C, n]`` and the inverse of the matrix ``[T, n, n]``."""
+    """``weight [T, C, d]``, ``alpha [T, n, C]`` and the inverse of the matrix ``[T, n, n]``."""
     like = support.value if isinstance(support, Dual) else support
     solver = inverse(_gram(support, regularisation))
-    alpha = _targets(labels, num_classes, like) @ solver
-    return alpha @ support, alpha, solver
+    alpha = solver @ _targets(labels, num_classes, like)
+    return alpha.mT @ support, alpha, solver
 
 
 def _forward(
@@ -171,13 +171,13 @@ def _backward(
     total = slope * _per_task(scale)
     if to_weight is not None:
         total = total + to_weight
-    u = total @ support.mT
+    u = support @ total.mT
     if to_alpha is not None:
         u = u + to_alpha
-    u = u @ solver
+    u = solver @ u
     return (
-        alpha.mT @ (total - u @ support) - u.mT @ weight,
-        u.mT,
+        alpha @ (total - u.mT @ support) - u @ weight,
+        u,
         (to_logits @ weight) * _per_task(scale),
         -(u * alpha).sum((-2, -1)),
         (slope * weight).sum((-2, -1)),
@@ -267,7 +267,8 @@ def _duals(values: Any, tangents: Any) -> list[Any]:
 
 def _forward_tangent(tangents: Any, inputs: Any, num_classes: int) -> Any:
     with _check.without_autocast(inputs[0]):
-        return _forward(*_duals(inputs, tangents[:6]), num_classes)
+        support, labels, query, regularisation, scale, offset = _duals(inputs, tangents[:6])
+        return _forward(support, labels, query, regularisation, scale, offset, num_classes)
 
 
 def _backward_tangent(grad: Dual, tangents: Any, inputs: Any) -> Any:
@@ -346,7 +347,7 @@ def _(
     return (
         query.new_empty(tasks, m, num_classes),
         query.new_empty(tasks, num_classes, d),
-        query.new_empty(tasks, num_classes, n),
+        query.new_empty(tasks, n, num_classes),
         query.new_empty(tasks, n, n),
     )
 

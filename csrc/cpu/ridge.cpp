@@ -26,19 +26,13 @@ void pad_rows(const A* from, int64_t rows, int64_t columns, A* to, int64_t strid
   }
 }
 
-// to [C, stride] = the targets of one task, class by class: one-hot class numbers or the weights [n, C].
+// to [n, classes] = the targets of one task: one-hot class numbers, or the weights [n, C] beside zeros.
 template <class A>
-void targets(const Tensor& labels, int64_t t, int64_t n, int64_t num_classes, A* to, int64_t stride) {
-  std::fill(to, to + num_classes * stride, A(0));
-  if (labels.dim() == 2) {
-    const int64_t* numbers = labels.const_data_ptr<int64_t>() + t * n;
-    for (int64_t i = 0; i < n; ++i) to[numbers[i] * stride + i] = A(1);
-  } else {
-    const A* weights = labels.const_data_ptr<A>() + t * n * num_classes;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t c = 0; c < num_classes; ++c) to[c * stride + i] = weights[i * num_classes + c];
-    }
-  }
+void targets(const Tensor& labels, int64_t t, int64_t n, int64_t num_classes, A* to, int64_t classes) {
+  if (labels.dim() == 3) return pad_rows(labels.const_data_ptr<A>() + t * n * num_classes, n, num_classes, to, classes);
+  const int64_t* numbers = labels.const_data_ptr<int64_t>() + t * n;
+  std::fill(to, to + n * classes, A(0));
+  for (int64_t i = 0; i < n; ++i) to[i * classes + numbers[i]] = A(1);
 }
 
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
@@ -64,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
     }
   }
   Tensor logits = empty(query, {T, m, C}), weight = empty(query, {T, C, d});
-  Tensor alpha = empty(query, {T, C, n}), factor = empty(query, {T, n, n});
+  Tensor alpha = empty(query, {T, n, C}), factor = empty(query, {T, n, n});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
     auto* gram_of = METAFAST_KERNEL(ridge_gram<A>);
@@ -79,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
     A* out = logits.template mutable_data_ptr<A>();
     const A *ridges = regularisation.template const_data_ptr<A>(), *scales = scale.template const_data_ptr<A>();
     const A* offsets = offset.template const_data_ptr<A>();
-    const int64_t stride = padded(n);
+    const int64_t stride = padded(n), classes = padded(C);
     const PerRow<A> gram(T, n * stride);
     const Chunks chunks(T, d, 1);
     const auto products_of_rows = [&](int64_t t, int64_t block) {
@@ -87,17 +81,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
               n, d);
     };
     const auto solutions = [&](int64_t t, int64_t) {
-      const Scratch<A> b(C * stride);
+      const Scratch<A> b(n * classes);
       A* u = gram.of(t);
       factorise(u, n, stride);
-      targets<A>(labels, t, n, C, b.get(), stride);
-      solve(u, n, stride, b.get(), C);
-      for (int64_t c = 0; c < C; ++c) std::copy_n(b.get() + c * stride, n, alphas + (t * C + c) * n);
+      targets<A>(labels, t, n, C, b.get(), classes);
+      solve(u, n, stride, b.get(), classes);
+      for (int64_t i = 0; i < n; ++i) std::copy_n(b.get() + i * classes, C, alphas + (t * n + i) * C);
       for (int64_t i = 0; i < n; ++i) std::copy_n(u + i * stride, n, factors + (t * n + i) * n);
     };
     const auto weights = [&](int64_t t, int64_t chunk) {
       const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-      combine({alphas + t * C * n, n, 1}, rows_support.row(t, 0) + first, rows_support.row_stride, n, A(1), false,
+      combine({alphas + t * n * C, 1, C}, rows_support.row(t, 0) + first, rows_support.row_stride, n, A(1), false,
               rows_weight.row(t, 0) + first, d, C, last - first);
     };
     const auto rows = [&](int64_t t, int64_t block) {
@@ -142,9 +136,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
     A* to_labels = soft ? grad_labels.template mutable_data_ptr<A>() : nullptr;
     A *to_regularisation = grad_regularisation.template mutable_data_ptr<A>(),
       *to_scale = grad_scale.template mutable_data_ptr<A>(), *to_offset = grad_offset.template mutable_data_ptr<A>();
-    const int64_t stride = padded(n);
+    const int64_t classes = padded(C);
     // The gradient of the weight before its scale, then without what the solution takes back; and that of the solution.
-    const PerRow<A> slopes(T, C * d), u(T, C * stride);
+    const PerRow<A> slopes(T, C * d), u(T, n * classes);
     const Chunks chunks(T, d, 1);
     const auto queries = [&](int64_t t, int64_t chunk) {
       const int64_t first = chunk * chunks.size, columns = std::min(chunks.size, d - first);
@@ -154,25 +148,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
               rows_grad_query.row(t, 0) + first, d, m, columns);
     };
     const auto solutions = [&](int64_t t, int64_t) {
-      const Scratch<A> padded_factor(n * stride);
       A* b = u.of(t);
-      pad_rows<A>(factors + t * n * n, n, n, padded_factor.get(), stride);
-      std::fill(b, b + C * stride, A(0));
-      products(rows_support, {slopes.of(t), 0, d}, scales[t], A(0), b, 1, stride, t, 0, n, C, d);
-      solve(padded_factor.get(), n, stride, b, C);
+      std::fill(b, b + n * classes, A(0));
+      products(rows_support, {slopes.of(t), 0, d}, scales[t], A(0), b, classes, 1, t, 0, n, C, d);
+      solve(factors + t * n * n, n, n, b, classes);
       double regularisation_sum = 0, scale_sum = 0, offset_sum = 0;
-      for (int64_t c = 0; c < C; ++c) {
-        for (int64_t i = 0; i < n; ++i) regularisation_sum -= double(b[c * stride + i]) * alphas[(t * C + c) * n + i];
-        scale_sum += dot(slopes.of(t) + c * d, weights + (t * C + c) * d, d);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < C; ++c) regularisation_sum -= double(b[i * classes + c]) * alphas[(t * n + i) * C + c];
       }
+      for (int64_t c = 0; c < C; ++c) scale_sum += dot(slopes.of(t) + c * d, weights + (t * C + c) * d, d);
       for (int64_t k = 0; k < m * C; ++k) offset_sum += upstream[t * m * C + k];
       to_regularisation[t] = static_cast<A>(regularisation_sum);
       to_scale[t] = static_cast<A>(scale_sum);
       to_offset[t] = static_cast<A>(offset_sum);
       if (!soft) return;
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t c = 0; c < C; ++c) to_labels[(t * n + i) * C + c] = b[c * stride + i];
-      }
+      for (int64_t i = 0; i < n; ++i) std::copy_n(b + i * classes, C, to_labels + (t * n + i) * C);
     };
     const auto supports = [&](int64_t t, int64_t chunk) {
       const int64_t first = chunk * chunks.size, columns = std::min(chunks.size, d - first);
@@ -180,11 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
       for (int64_t c = 0; c < C; ++c) {
         for (int64_t k = 0; k < columns; ++k) slope[c * d + k] *= scales[t];
       }
-      combine({u.of(t), stride, 1}, rows_support.row(t, 0) + first, rows_support.row_stride, n, A(-1), true, slope, d,
+      combine({u.of(t), 1, classes}, rows_support.row(t, 0) + first, rows_support.row_stride, n, A(-1), true, slope, d,
               C, columns);
       A* to = rows_grad_support.row(t, 0) + first;
-      combine({alphas + t * C * n, 1, n}, slope, d, C, A(1), false, to, d, n, columns);
-      combine({u.of(t), 1, stride}, weights + t * C * d + first, d, C, A(-1), true, to, d, n, columns);
+      combine({alphas + t * n * C, C, 1}, slope, d, C, A(1), false, to, d, n, columns);
+      combine({u.of(t), classes, 1}, weights + t * C * d + first, d, C, A(-1), true, to, d, n, columns);
     };
     parallel_stages(T, Stage{chunks.count, 2 * m * C * chunks.size, queries}, Stage{1, n * C * (d + 2 * n), solutions},
                     Stage{chunks.count, 3 * n * C * chunks.size, supports});

@@ -130,31 +130,29 @@ void cholesky(A* a, int64_t n, int64_t stride) {
   }
 }
 
-// The rows of b [C, stride] become (U^T U)^-1 b_c; behind their n entries they hold zeros.
+// The rows of b [n, classes] become those of (U^T U)^-1 b; `classes` is a number of whole vectors.
 template <class A>
-void cholesky_solve(const A* u, int64_t n, int64_t stride, A* b, int64_t num_classes) {
+void cholesky_solve(const A* u, int64_t n, int64_t stride, A* b, int64_t classes) {
   using V = vector_t<A>;
-  constexpr int64_t W = kWidth<A>;
-  for (int64_t k = 0; k < n; ++k) {
-    const A* row = u + k * stride;
-    const A inverse = A(1) / row[k];
-    for (int64_t c = 0; c < num_classes; ++c) {
-      A* to = b + c * stride;
-      const A value = to[k] * inverse;
-      for (int64_t j = k / W * W; j < stride; j += W) store<A>(to + j, load<A>(to + j) - load<A>(row + j) * value);
-      to[k] = value;
+  for (int64_t c = 0; c < classes; c += kWidth<A>, b += kWidth<A>) {
+    for (int64_t k = 0; k < n; ++k) {
+      const A* row = u + k * stride;
+      const V value = load<A>(b + k * classes) * (A(1) / row[k]);
+      store<A>(b + k * classes, value);
+      for (int64_t j = k + 1; j < n; ++j) store<A>(b + j * classes, load<A>(b + j * classes) - value * row[j]);
     }
-  }
-  for (int64_t k = n - 1; k >= 0; --k) {
-    const A* row = u + k * stride;
-    const A inverse = A(1) / row[k];
-    for (int64_t c = 0; c < num_classes; ++c) {
-      A* to = b + c * stride;
-      const A value = to[k];
-      to[k] = A(0);
-      V total = {};
-      for (int64_t j = k / W * W; j < stride; j += W) total += load<A>(row + j) * load<A>(to + j);
-      to[k] = (value - sum<A>(total)) * inverse;
+    for (int64_t k = n - 1; k >= 0; --k) {
+      const A* row = u + k * stride;
+      // Sums side by side: an addition waits for the one before.
+      V part[4] = {};
+      int64_t j = k + 1;
+      for (; j + 4 <= n; j += 4) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) part[r] += load<A>(b + (j + r) * classes) * row[j + r];
+      }
+      for (; j < n; ++j) part[0] += load<A>(b + j * classes) * row[j];
+      const V value = load<A>(b + k * classes) - ((part[0] + part[1]) + (part[2] + part[3]));
+      store<A>(b + k * classes, value * (A(1) / row[k]));
     }
   }
 }
