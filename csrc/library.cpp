@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "ridge_logits_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor regularisation, Tensor scale, "
       "Tensor weight, Tensor alpha, Tensor factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
+  m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");
+
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
   m.def("build_info() -> str");

@@ -4,6 +4,7 @@ from metafast import data, learners, reference
 from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
+from metafast.inner_update import sgd_update
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
@@ -25,4 +26,5 @@ __all__ = [
     "prototypical_loss",
     "reference",
     "ridge_logits",
+    "sgd_update",
 ]

@@ -188,3 +188,9 @@ def ridge_logits(
     # Not torch.linalg.solve, whose second derivative by forward mode twice is wrong in torch 2.13.
     weight = support.mT @ (torch.linalg.inv_ex(gram)[0] @ targets)
     return per_task(scale) * (query @ weight) + per_task(offset)
+
+
+def sgd_update(params: list[Tensor], grads: list[Tensor], lr: float | Tensor | list[Tensor]) -> list[Tensor]:
+    """``params_k - lr_k grads_k``."""
+    rates: list[float | Tensor] = [*lr] if isinstance(lr, list) else [lr] * len(params)
+    return [p - rate * g for p, g, rate in zip(params, grads, rates, strict=True)]

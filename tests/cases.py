@@ -280,6 +280,28 @@ def _ridge(labels: Input, **scalars: Input) -> Case:
     )
 
 
+def _update(name: str, rates: Mapping[str, Input], rate: float | None = None) -> Case:
+    """Two parameters, then their gradients, then the rates."""
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(*values: Any) -> Any:
+            own = list(values[4:-1])
+            return tuple(
+                function(list(values[:2]), list(values[2:4]), rate or (own if len(own) == 2 else own[0]))
+            )
+
+        return of
+
+    shapes = {"weight": Input("n d"), "bias": Input("m")}
+    return Case(
+        f"sgd_update-{name}",
+        call(metafast.sgd_update),
+        call(reference.sgd_update),
+        {**shapes, **{f"{k}_grad": v for k, v in shapes.items()}, **rates},
+        kernels_only=False,
+    )
+
+
 _SHARED_TEMPERATURE = Input("", "positive", per_task=False)
 _TASK_TEMPERATURE = Input("", "positive")
 
@@ -316,4 +338,8 @@ CASES = (
         scale=Input("", "positive", per_task=False),
         offset=Input(""),
     ),
+    _update("number", {}, 0.3),
+    _update("shared", {"lr": Input("", "positive", per_task=False)}),
+    _update("layers", {k: Input("", "positive", per_task=False) for k in ("weight_lr", "bias_lr")}),
+    _update("elements", {"weight_lr": Input("n d"), "bias_lr": Input("m")}),
 )

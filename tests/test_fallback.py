@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import prototype, ridge
+from metafast import inner_update, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from tests.cases import (
     CASES,
@@ -68,7 +68,7 @@ def test_every_operator_has_one() -> None:
         schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("metafast::")
     }
     queries = {f"metafast::{name}" for name in ("vector_bits", "keep_pages", "build_info", "cuda_probe")}
-    assert names - queries == {op._schema.name for op in OPERATORS}
+    assert names - queries == {op._schema.name for op in (*OPERATORS, inner_update.UPDATE)}
     for op in OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, "CompositeExplicitAutograd"), (
             op
