@@ -72,8 +72,7 @@ inline void check_upstream(const std::optional<Tensor>& grad_loss, const std::op
 }
 
 // What both operators of the ridge head are given; labels are class numbers or weights.
-inline void check_ridge(const Tensor& support, const Tensor& labels, const Tensor& query, const Tensor& regularisation,
-                        const Tensor& scale, int64_t num_classes) {
+inline void check_ridge(const Tensor& support, const Tensor& labels, const Tensor& query, int64_t num_classes) {
   check_classes(num_classes);
   check_dim(support, "support", 3, "[T, n, d]");
   check_dim(query, "query", 3, "[T, m, d]");
@@ -87,10 +86,12 @@ inline void check_ridge(const Tensor& support, const Tensor& labels, const Tenso
     check_labels(labels, "labels", support);
     check_shape(labels, "labels", {T, n});
   }
-  check_like(regularisation, "regularisation", support, "support");
-  check_shape(regularisation, "regularisation", {T});
-  check_like(scale, "scale", support, "support");
-  check_shape(scale, "scale", {T});
+}
+
+inline void check_per_task(const std::optional<Tensor>& value, const char* name, const Tensor& support) {
+  if (!value) return;
+  check_like(*value, name, support, "support");
+  check_shape(*value, name, {support.size(0)});
 }
 
 // The gradient of the logits, and what was saved for the ridge head's backward.

@@ -21,14 +21,17 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor support_labels, Tensor query, Tensor query_labels, Tensor? temperature, float scale, Tensor logits, "
       "Tensor prototypes, int metric) -> (Tensor, Tensor, Tensor)");
 
-  // support [T, n, d], labels [T, n] or weights [T, n, C], query [T, m, d], regularisation, scale and offset [T]
-  // -> logits [T, m, C]; and weight [T, C, d], alpha [T, n, C], factor [T, n, n] for the backward
+  // support [T, n, d], labels [T, n] or targets [T, n, C], query [T, m, d]; regularisation, scale and offset [T], or None
+  // for the number after them -> logits [T, m, C]; and weight [T, C, d], alpha [T, n, C], factor [T, n, n] for the backward
   m.def(
-      "ridge_logits(Tensor support, Tensor labels, Tensor query, Tensor regularisation, Tensor scale, Tensor offset, "
-      "int num_classes) -> (Tensor, Tensor, Tensor, Tensor)");
+      "ridge_logits(Tensor support, Tensor labels, Tensor query, Tensor? regularisation, Tensor? scale, Tensor? "
+      "offset, "
+      "float fixed_regularisation, float fixed_scale, float fixed_offset, int num_classes) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "ridge_logits_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor regularisation, Tensor scale, "
-      "Tensor weight, Tensor alpha, Tensor factor) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "ridge_logits_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor? regularisation, "
+      "Tensor? scale, float fixed_regularisation, float fixed_scale, Tensor weight, Tensor alpha, Tensor factor) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
   m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");

@@ -158,7 +158,9 @@ def _sum_to(value: Tensor, shape: Sequence[int]) -> Tensor:
         return value
     if torch.Size(shape).numel() == 1 and value.numel() >= _CUT:
         flat = value.flatten()
-        blocks = torch.nn.functional.pad(flat, (0, -flat.shape[0] % _BLOCK)).view(-1, _BLOCK)
+        if rest := -flat.shape[0] % _BLOCK:
+            flat = torch.nn.functional.pad(flat, (0, rest))
+        blocks = flat.view(-1, _BLOCK)
         return _sum_to(blocks.sum(-1), shape)
     return value.sum_to_size(shape)
 
@@ -217,7 +219,8 @@ def _fold(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _one_by_one(params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate: float) -> list[Tensor]:
     """For ``torch.autograd.grad(is_grads_batched=True)``, whose older vmap makes no rule for lists."""
-    return [p - r * g for p, g, r in zip(params, grads, rates or [rate] * len(params), strict=True)]
+    each: list[Any] = [*rates] or [rate] * len(params)
+    return [p - r * g for p, g, r in zip(params, grads, each, strict=True)]
 
 
 LIBRARY.impl(UPDATE, _update, "CompositeExplicitAutograd")

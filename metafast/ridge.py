@@ -84,8 +84,7 @@ def ridge_logits(
         _check.same_size(labels, -1, "labels", support, -2, "support")
         if num_classes is None:
             raise ValueError("num_classes: expected with int64 labels, got None")
-    scalars: dict[str, Any] = {"regularisation": regularisation, "scale": scale, "offset": offset}
-    for name, value in scalars.items():
+    for name, value in (("regularisation", regularisation), ("scale", scale), ("offset", offset)):
         _check.scalar(value, name, support, "support")
     if not isinstance(regularisation, Tensor) and not regularisation > 0:
         raise ValueError(f"regularisation: expected a positive number, got {regularisation}")
@@ -93,42 +92,50 @@ def ridge_logits(
         support, query = support.float(), query.float()
     if soft:
         labels = labels.to(support.dtype)
+    learned = [
+        value.to(support.dtype) if isinstance(value, Tensor) else None
+        for value in (regularisation, scale, offset)
+    ]
+    fixed = [1.0 if isinstance(value, Tensor) else float(value) for value in (regularisation, scale, offset)]
     kept = 2 if soft else 1
-    learned = {name: v.to(support.dtype) for name, v in scalars.items() if isinstance(v, Tensor)}
+    tasks = support.shape[0]
+    if (
+        support.dim() == query.dim() == 3
+        and labels.dim() == kept + 1
+        and tasks == query.shape[0] == labels.shape[0]
+        and all(value is None or value.dim() == 0 or value.shape == (tasks,) for value in learned)
+    ):
+        per_task = [None if value is None else value.expand(tasks) for value in learned]
+        return call(RIDGE, support, labels, query, *per_task, *fixed, num_classes)[0]
     lead = _check.broadcast_tasks(
         ("support", support.shape[:-2]),
         ("labels", labels.shape[: labels.dim() - kept]),
         ("query", query.shape[:-2]),
-        *((name, value.shape) for name, value in learned.items()),
+        *(
+            (name, () if v is None else v.shape)
+            for name, v in zip(("regularisation", "scale", "offset"), learned, strict=True)
+        ),
     )
     tasks = torch.Size(lead).numel()
 
-    def fold(value: Tensor, kept: int) -> Tensor:
+    def fold(value: Tensor | None, kept: int) -> Tensor | None:
+        if value is None:
+            return None
         own = value.shape[value.dim() - kept :]
-        if len(lead) == 1 and value.dim() == kept + 1 and value.shape[0] == tasks:
-            return value
         return value.expand((*lead, *own)).reshape((tasks, *own))
 
-    def per_task(name: str) -> Tensor:
-        value = scalars[name]
-        return fold(learned[name], 0) if isinstance(value, Tensor) else support.new_full((tasks,), value)
-
-    logits = call(
-        RIDGE,
-        fold(support, 2),
-        fold(labels, kept),
-        fold(query, 2),
-        per_task("regularisation"),
-        per_task("scale"),
-        per_task("offset"),
-        num_classes,
-    )[0]
-    return logits if len(lead) == 1 else logits.reshape(*lead, query.shape[-2], num_classes)
+    folded = (fold(support, 2), fold(labels, kept), fold(query, 2), *(fold(value, 0) for value in learned))
+    logits = call(RIDGE, *folded, *fixed, num_classes)[0]
+    return logits.reshape(*lead, query.shape[-2], num_classes)
 
 
 # The closed forms are written once, for tensors and for Dual numbers.
 def _per_task(value: Any) -> Any:
-    return value[:, None, None]
+    return value if isinstance(value, (float, torch.SymFloat)) else value[:, None, None]
+
+
+def _either(value: Any, fixed: float) -> Any:
+    return fixed if value is None else value
 
 
 def _targets(labels: Any, num_classes: int, like: Tensor) -> Any:
@@ -193,25 +200,50 @@ def _soft(labels: Tensor, gradient: Any) -> Any:
     return gradient if labels.is_floating_point() else None
 
 
+def _given(value: Any, gradient: Any) -> Any:
+    return None if value is None else gradient
+
+
+def _plain_ridge(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    regularisation: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    *fixed: Any,
+) -> Any:
+    """What RIDGE computes, in plain PyTorch."""
+    solved = _either(regularisation, fixed[0])
+    return _forward(
+        support, labels, query, solved, _either(scale, fixed[1]), _either(offset, fixed[2]), fixed[3]
+    )
+
+
 def _ridge_vjp(
     need: Any,
     grads: Any,
     support: Tensor,
     labels: Tensor,
     query: Tensor,
-    regularisation: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    regularisation: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    fixed_regularisation: float,
+    fixed_scale: float,
+    fixed_offset: float,
     num_classes: int,
-    weight: Tensor,
-    alpha: Tensor,
-    factor: Tensor,
+    *saved: Tensor,
 ) -> Any:
     if grads[0] is not None and grads[1] is None and grads[2] is None and grads[3] is None:
-        out = RIDGE_VJP(grads[0], support, labels, query, regularisation, scale, weight, alpha, factor)
+        out = RIDGE_VJP(
+            grads[0], support, labels, query, regularisation, scale, fixed_regularisation, fixed_scale, *saved
+        )
     else:
-        out = _tape_vjp(grads, support, labels, query, regularisation, scale, num_classes)
-    return out[0], _soft(labels, out[1]), *out[2:], None
+        scalars = _either(regularisation, fixed_regularisation), _either(scale, fixed_scale)
+        out = _tape_vjp(grads, support, labels, query, *scalars, num_classes)
+    of_scalars = map(_given, (regularisation, scale, offset), out[3:])
+    return out[0], _soft(labels, out[1]), out[2], *of_scalars, None, None, None, None
 
 
 def _tape_vjp(
@@ -219,19 +251,18 @@ def _tape_vjp(
     support: Tensor,
     labels: Tensor,
     query: Tensor,
-    regularisation: Tensor,
-    scale: Tensor,
+    regularisation: Any,
+    scale: Any,
     num_classes: int,
 ) -> Any:
-    """The gradients where what is saved for the backward has one too: nobody but a test of the operator asks for it."""
+    """The gradients where what is saved for the backward has one too, as only a user of the bare operator can ask."""
     to_logits, to_weight, to_alpha, to_factor = grads
     with _check.without_autocast(support):
         weight, alpha, solver = _solution(support, labels, regularisation, num_classes)
         if to_logits is None:
             to_logits = query.new_zeros(*query.shape[:2], num_classes)
-        out = list(
-            _backward((to_logits, to_weight, to_alpha), support, labels, query, scale, weight, alpha, solver)
-        )
+        upstream = (to_logits, to_weight, to_alpha)
+        out = list(_backward(upstream, support, labels, query, scale, weight, alpha, solver))
         if to_factor is not None:
             factor = cholesky(_gram(support, regularisation))
             # The transpose of the tangent of the factor.
@@ -242,65 +273,59 @@ def _tape_vjp(
     return out
 
 
-def _ridge_jvp(
-    tangents: Any,
-    support: Tensor,
-    labels: Tensor,
-    query: Tensor,
-    regularisation: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    num_classes: int,
-) -> Any:
-    inputs = (support, labels, query, regularisation, scale, offset)
-    out = _forward_tangent(tangents, inputs, num_classes)
-    return tuple(_filled(o.tangent, o.value) for o in out)
-
-
-def _duals(values: Any, tangents: Any) -> list[Any]:
-    """Labels that are class numbers stay what they are."""
-    return [
-        Dual(value, tangent) if value.is_floating_point() else value
-        for value, tangent in zip(values, tangents, strict=True)
+def _duals(values: Any, tangents: Any, fixed: Any) -> list[Any]:
+    """Dual numbers of support, labels, query and the scalars; class numbers, and fixed scalars, stay what they are."""
+    given = [
+        Dual(value, tangent) if value is not None and value.is_floating_point() else value
+        for value, tangent in zip(values, tangents, strict=False)
     ]
+    return [*given[:3], *(_either(v, f) for v, f in zip(given[3:], fixed, strict=False))]
 
 
-def _forward_tangent(tangents: Any, inputs: Any, num_classes: int) -> Any:
+def _forward_tangent(tangents: Any, inputs: Any, fixed: Any, num_classes: int) -> Any:
     with _check.without_autocast(inputs[0]):
-        support, labels, query, regularisation, scale, offset = _duals(inputs, tangents[:6])
+        support, labels, query, regularisation, scale, offset = _duals(inputs, tangents, fixed)
         return _forward(support, labels, query, regularisation, scale, offset, num_classes)
 
 
-def _backward_tangent(grad: Dual, tangents: Any, inputs: Any) -> Any:
+def _backward_tangent(grad: Dual, tangents: Any, inputs: Any, fixed: Any) -> Any:
     """The tangents of RIDGE_VJP along those of the gradient and the first five inputs."""
-    num_classes = grad.shape[2]
     with _check.without_autocast(inputs[0]):
-        support, labels, query, regularisation, scale = _duals(inputs, tangents)
-        weight, alpha, solver = _solution(support, labels, regularisation, num_classes)
+        support, labels, query, regularisation, scale = _duals(inputs, tangents, fixed)
+        weight, alpha, solver = _solution(support, labels, regularisation, grad.shape[2])
         return _backward((grad, None, None), support, labels, query, scale, weight, alpha, solver)
+
+
+def _ridge_jvp(tangents: Any, *args: Any) -> Any:
+    out = _forward_tangent(tangents, args[:6], args[6:9], args[9])
+    return tuple(_filled(o.tangent, o.value) for o in out)
 
 
 # RIDGE_VJP is the gradient of <grad, RIDGE>, whose second derivative is symmetric: its vjp for the inputs is its own
 # tangent, and its vjp for the upstream gradient is the tangent of RIDGE. What was saved is a function of the inputs.
 def _ridge_vjp_vjp(need: Any, grads: Any, grad: Tensor, *args: Any) -> Any:
-    inputs, labels = args[:5], args[1]
+    inputs, fixed, labels = args[:5], args[5:7], args[1]
     to_grad = None
     if need[0]:
-        offset = torch.zeros_like(inputs[4])
-        to_grad = _forward_tangent(grads, (*inputs, offset), grad.shape[2])[0].tangent
-    out = _backward_tangent(Dual(grad), grads[:5], inputs)
+        # The offset moves the logits as any tensor would; its value does not matter.
+        offset = None if grads[5] is None else torch.zeros_like(grads[5])
+        tangents = _of_given(grads, (*inputs, offset))
+        to_grad = _forward_tangent(tangents, (*inputs, offset), (*fixed, 0.0), grad.shape[2])[0].tangent
+    out = _backward_tangent(Dual(grad), _of_given(grads, inputs), inputs, fixed)
     of_inputs = [tangent_of(value) for value in out[:5]]
-    return to_grad, of_inputs[0], _soft(labels, of_inputs[1]), *of_inputs[2:], None, None, None
+    of_scalars = map(_given, inputs[3:], of_inputs[3:])
+    of_labels = _soft(labels, of_inputs[1])
+    return to_grad, of_inputs[0], of_labels, of_inputs[2], *of_scalars, None, None, None, None, None
+
+
+def _of_given(grads: Any, inputs: Any) -> list[Any]:
+    """Where an input is no tensor its gradient is empty."""
+    return [None if value is None else grad for value, grad in zip(inputs, grads, strict=False)]
 
 
 def _ridge_vjp_jvp(tangents: Any, grad: Tensor, *args: Any) -> Any:
-    inputs, labels = args[:5], args[1]
-    out = [
-        _filled(o.tangent, o.value) for o in _backward_tangent(Dual(grad, tangents[0]), tangents[1:6], inputs)
-    ]
-    if not labels.is_floating_point():
-        out[1] = grad.new_zeros(0, labels.shape[1], grad.shape[2])
-    return tuple(out)
+    out = _backward_tangent(Dual(grad, tangents[0]), tangents[1:6], args[:5], args[5:7])
+    return _like_the_kernel([_filled(o.tangent, o.value) for o in out], args[1], *args[3:5])
 
 
 def _plain_ridge_vjp(
@@ -308,17 +333,30 @@ def _plain_ridge_vjp(
     support: Tensor,
     labels: Tensor,
     query: Tensor,
-    regularisation: Tensor,
-    scale: Tensor,
+    regularisation: Tensor | None,
+    scale: Tensor | None,
+    fixed_regularisation: float,
+    fixed_scale: float,
     weight: Tensor,
     alpha: Tensor,
     factor: Tensor,
 ) -> Any:
     """What RIDGE_VJP computes, in plain PyTorch."""
-    solver = inverse(_gram(support, regularisation))
-    out = list(_backward((grad, None, None), support, labels, query, scale, weight, alpha, solver))
+    solver = inverse(_gram(support, _either(regularisation, fixed_regularisation)))
+    upstream = (grad, None, None)
+    out = _backward(upstream, support, labels, query, _either(scale, fixed_scale), weight, alpha, solver)
+    return _like_the_kernel(list(out), labels, regularisation, scale)
+
+
+def _like_the_kernel(
+    out: list[Tensor], labels: Tensor, regularisation: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Empty gradients of class numbers and of fixed scalars."""
     if not labels.is_floating_point():
-        out[1] = grad.new_empty(0, labels.shape[1], grad.shape[2])
+        out[1] = out[1].new_empty(0, *out[1].shape[1:])
+    for k, value in ((3, regularisation), (4, scale)):
+        if value is None:
+            out[k] = out[k].new_empty(0)
     return tuple(out)
 
 
@@ -328,22 +366,14 @@ for _op in (RIDGE, RIDGE_VJP):
     fold_into_tasks(_op)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast(RIDGE, _device, torch.float32)
-fallback(RIDGE, _forward)
+fallback(RIDGE, _plain_ridge)
 fallback(RIDGE_VJP, _plain_ridge_vjp)
 
 
 @torch.library.register_fake(RIDGE)
-def _(
-    support: Tensor,
-    labels: Tensor,
-    query: Tensor,
-    regularisation: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    num_classes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(support: Tensor, labels: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tasks, m, d = query.shape
-    n = support.shape[1]
+    n, num_classes = support.shape[1], rest[6]
     return (
         query.new_empty(tasks, m, num_classes),
         query.new_empty(tasks, num_classes, d),
@@ -353,23 +383,12 @@ def _(
 
 
 @torch.library.register_fake(RIDGE_VJP)
-def _(
-    grad: Tensor,
-    support: Tensor,
-    labels: Tensor,
-    query: Tensor,
-    regularisation: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    factor: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad: Tensor, support: Tensor, labels: Tensor, query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tasks, n = support.shape[:2]
     return (
         query.new_empty(support.shape),
         query.new_empty(tasks if labels.is_floating_point() else 0, n, grad.shape[2]),
         query.new_empty(query.shape),
-        query.new_empty(tasks),
-        query.new_empty(tasks),
+        *(query.new_empty(0 if value is None else tasks) for value in rest[:2]),
         query.new_empty(tasks),
     )

@@ -206,8 +206,8 @@ calls = {
     prototype.MEANS_VJP: (x, labels),
     prototype.LOSS: (x, labels, x, labels, None, 1.0, 2, 0),
     prototype.LOSS_VJP: (loss, square, x, x, labels, x, labels, None, 1.0, square, x, 0),
-    ridge.RIDGE: (x, labels, x, one, one, one, 2),
-    ridge.RIDGE_VJP: (square, x, labels, x, one, one, x, square, square),
+    ridge.RIDGE: (x, labels, x, one, None, None, 1.0, 1.0, 0.0, 2),
+    ridge.RIDGE_VJP: (square, x, labels, x, one, None, 1.0, 1.0, x, square, square),
 }
 warnings.simplefilter("always")
 for op, arguments in calls.items():

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 
 #include "arguments.h"
@@ -37,17 +38,35 @@ void targets(const Tensor& labels, int64_t t, int64_t n, int64_t num_classes, A*
 
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+// A number for each task, or one for all.
+template <class A>
+struct PerTask {
+  std::optional<Tensor> tensor;
+  const A* values;
+  A fixed;
+
+  PerTask(const std::optional<Tensor>& any, double number)
+      : tensor(any ? std::optional<Tensor>(dense(*any)) : std::nullopt),
+        values(tensor ? tensor->template const_data_ptr<A>() : nullptr),
+        fixed(static_cast<A>(number)) {}
+
+  A operator[](int64_t t) const { return values ? values[t] : fixed; }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_any, const Tensor& labels_any,
-                                                        const Tensor& query_any, const Tensor& regularisation_any,
-                                                        const Tensor& scale_any, const Tensor& offset_any,
-                                                        int64_t num_classes) {
+                                                        const Tensor& query_any,
+                                                        const std::optional<Tensor>& regularisation,
+                                                        const std::optional<Tensor>& scale,
+                                                        const std::optional<Tensor>& offset,
+                                                        double fixed_regularisation, double fixed_scale,
+                                                        double fixed_offset, int64_t num_classes) {
   check_cpu(support_any, "support");
-  check_ridge(support_any, labels_any, query_any, regularisation_any, scale_any, num_classes);
-  check_like(offset_any, "offset", support_any, "support");
-  check_shape(offset_any, "offset", {support_any.size(0)});
+  check_ridge(support_any, labels_any, query_any, num_classes);
+  check_per_task(regularisation, "regularisation", support_any);
+  check_per_task(scale, "scale", support_any);
+  check_per_task(offset, "offset", support_any);
   const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
-  const Tensor labels = dense(labels_any), regularisation = dense(regularisation_any);
-  const Tensor scale = dense(scale_any), offset = dense(offset_any);
+  const Tensor labels = dense(labels_any);
   const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2), C = num_classes;
   if (labels.dim() == 2) {
     const int64_t* const numbers = labels.const_data_ptr<int64_t>();
@@ -71,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
     const Rows<const A> rows_weight_in{rows_weight.data, C * d, d};
     A *alphas = alpha.template mutable_data_ptr<A>(), *factors = factor.template mutable_data_ptr<A>();
     A* out = logits.template mutable_data_ptr<A>();
-    const A *ridges = regularisation.template const_data_ptr<A>(), *scales = scale.template const_data_ptr<A>();
-    const A* offsets = offset.template const_data_ptr<A>();
+    const PerTask<A> ridges(regularisation, fixed_regularisation), scales(scale, fixed_scale);
+    const PerTask<A> offsets(offset, fixed_offset);
     const int64_t stride = padded(n), classes = padded(C);
     const PerRow<A> gram(T, n * stride);
     const Chunks chunks(T, d, 1);
@@ -108,20 +127,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
 // The gradients for support, labels (of weights), query, regularisation, scale and offset.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
     const Tensor& grad_any, const Tensor& support_any, const Tensor& labels, const Tensor& query_any,
-    const Tensor& regularisation, const Tensor& scale_any, const Tensor& weight_any, const Tensor& alpha_any,
-    const Tensor& factor_any) {
+    const std::optional<Tensor>& regularisation, const std::optional<Tensor>& scale, double, double fixed_scale,
+    const Tensor& weight_any, const Tensor& alpha_any, const Tensor& factor_any) {
   check_cpu(support_any, "support");
   const int64_t C = grad_any.dim() == 3 ? grad_any.size(2) : 0;
-  check_ridge(support_any, labels, query_any, regularisation, scale_any, C);
+  check_ridge(support_any, labels, query_any, C);
+  check_per_task(regularisation, "regularisation", support_any);
+  check_per_task(scale, "scale", support_any);
   check_ridge_upstream(grad_any, support_any, query_any, weight_any, alpha_any, factor_any);
   const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
-  const Tensor grad = dense(grad_any), scale = dense(scale_any), weight = dense(weight_any);
+  const Tensor grad = dense(grad_any), weight = dense(weight_any);
   const Tensor alpha = dense(alpha_any), factor = dense(factor_any);
   const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2);
   const bool soft = labels.dim() == 3;
   Tensor grad_support = empty(query, {T, n, d}), grad_query = empty(query, {T, m, d});
-  Tensor grad_labels = empty(query, {soft ? T : 0, n, C}), grad_regularisation = empty(query, {T});
-  Tensor grad_scale = empty(query, {T}), grad_offset = empty(query, {T});
+  Tensor grad_labels = empty(query, {soft ? T : 0, n, C}), grad_regularisation = empty(query, {regularisation ? T : 0});
+  Tensor grad_scale = empty(query, {scale ? T : 0}), grad_offset = empty(query, {T});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
     auto* solve = METAFAST_KERNEL(cholesky_solve<A>);
@@ -132,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
     const auto rows_grad_support = output_rows<A>(grad_support), rows_grad_query = output_rows<A>(grad_query);
     const A *upstream = grad.template const_data_ptr<A>(), *weights = weight.template const_data_ptr<A>();
     const A *alphas = alpha.template const_data_ptr<A>(), *factors = factor.template const_data_ptr<A>();
-    const A* scales = scale.template const_data_ptr<A>();
+    const PerTask<A> scales(scale, fixed_scale);
     A* to_labels = soft ? grad_labels.template mutable_data_ptr<A>() : nullptr;
     A *to_regularisation = grad_regularisation.template mutable_data_ptr<A>(),
       *to_scale = grad_scale.template mutable_data_ptr<A>(), *to_offset = grad_offset.template mutable_data_ptr<A>();
@@ -158,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
       }
       for (int64_t c = 0; c < C; ++c) scale_sum += dot(slopes.of(t) + c * d, weights + (t * C + c) * d, d);
       for (int64_t k = 0; k < m * C; ++k) offset_sum += upstream[t * m * C + k];
-      to_regularisation[t] = static_cast<A>(regularisation_sum);
-      to_scale[t] = static_cast<A>(scale_sum);
+      if (regularisation) to_regularisation[t] = static_cast<A>(regularisation_sum);
+      if (scale) to_scale[t] = static_cast<A>(scale_sum);
       to_offset[t] = static_cast<A>(offset_sum);
       if (!soft) return;
       for (int64_t i = 0; i < n; ++i) std::copy_n(b + i * classes, C, to_labels + (t * n + i) * C);
