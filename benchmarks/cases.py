@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import episodes
-from metafast import adapted_logits, pairwise_distance, prototypes, prototypical_loss, reference
+from metafast import (
+    adapted_logits,
+    pairwise_distance,
+    prototypes,
+    prototypical_loss,
+    reference,
+    ridge_logits,
+    sgd_update,
+)
 
 OURS = "metafast"
 
@@ -389,6 +397,118 @@ def looped_anil(
     return torch.stack(outputs)
 
 
+def ridge_inputs(sizes: Sizes, learned: bool = True) -> Inputs:
+    """Features as ``head_inputs`` has them, and the three scalars, which R2-D2 learns."""
+    support, labels, query, _, ways = head_inputs(sizes).arguments
+    scalars = [torch.tensor(value, requires_grad=True) if learned else value for value in (1.0, 10.0, 0.1)]
+    g = torch.Generator().manual_seed(3)
+    upstream = torch.randn(sizes.tasks, sizes.query_rows, ways, generator=g)
+    return Inputs((support, labels, query, *scalars, ways), upstream)
+
+
+def fused_ridge(
+    support: Tensor, labels: Tensor, query: Tensor, ridge: Tensor, scale: Tensor, offset: Tensor, ways: int
+) -> Tensor:
+    return ridge_logits(support, labels, query, ridge, scale, offset, num_classes=ways)
+
+
+def eager_ridge(solve: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def head(
+        support: Tensor,
+        labels: Tensor,
+        query: Tensor,
+        ridge: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        ways: int,
+    ) -> Tensor:
+        identity = torch.eye(support.shape[1], dtype=support.dtype, device=support.device)
+        targets = F.one_hot(labels, ways).to(support.dtype)
+        alpha = solve(support @ support.mT + ridge * identity, targets)
+        return scale * (query @ (alpha.mT @ support).mT) + offset
+
+    return head
+
+
+def cholesky_solve(matrix: Tensor, targets: Tensor) -> Tensor:
+    return torch.cholesky_solve(targets, torch.linalg.cholesky_ex(matrix)[0])
+
+
+def inverse_product(matrix: Tensor, targets: Tensor) -> Tensor:
+    return torch.linalg.inv(matrix) @ targets
+
+
+@dataclass(frozen=True)
+class UpdateSizes:
+    """``tasks`` copies of a Conv4's parameters, with a linear head of ``ways`` classes."""
+
+    tasks: int = 32
+    channels: int = 64
+    ways: int = 5
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        blocks = [
+            shape
+            for before in (1, *(self.channels,) * 3)
+            for shape in ((self.channels, before, 3, 3), *((self.channels,),) * 3)
+        ]
+        return [*blocks, (self.ways, 25 * self.channels), (self.ways,)]
+
+
+def update_inputs(per_element: bool) -> Callable[[UpdateSizes], Inputs]:
+    """Parameters, their gradients and the upstream gradients of every task, then the rates."""
+
+    def make(sizes: UpdateSizes) -> Inputs:
+        g = torch.Generator().manual_seed(4)
+        shapes = sizes.shapes()
+        stacked = [torch.randn(sizes.tasks, *shape, generator=g) for _ in range(3) for shape in shapes]
+        leaves = [t.requires_grad_(k < 2 * len(shapes)) for k, t in enumerate(stacked)]
+        rates = (
+            [torch.rand(shape, generator=g).requires_grad_() for shape in shapes] if per_element else [0.1]
+        )
+        return Inputs((*leaves, *rates))
+
+    return make
+
+
+def update_call(function: Callable[..., Sequence[Tensor]], inputs: Inputs) -> Call:
+    """A call of ``function(params, grads, lr)`` and its backward."""
+    count = len(UpdateSizes().shapes())
+    params, grads, upstream = (list(inputs.arguments[k * count : (k + 1) * count]) for k in range(3))
+    rates = list(inputs.arguments[3 * count :])
+    differentiable = inputs.differentiable
+
+    def call() -> tuple[Tensor, ...]:
+        out = function(params, grads, rates if len(rates) > 1 else rates[0])
+        return *out, *torch.autograd.grad(out, differentiable, upstream)
+
+    return call
+
+
+def looped_update(params: list[Tensor], grads: list[Tensor], lr: Any) -> list[Tensor]:
+    """One task after the other, as learn2learn's update of a cloned module."""
+    rates = lr if isinstance(lr, list) else [lr] * len(params)
+    tasks = zip(*(p.unbind() for p in params), strict=True), zip(*(g.unbind() for g in grads), strict=True)
+    stepped = [
+        [p - rate * g for p, g, rate in zip(own, slopes, rates, strict=True)]
+        for own, slopes in zip(*tasks, strict=True)
+    ]
+    return [torch.stack(values) for values in zip(*stepped, strict=True)]
+
+
+def subtracted_update(params: list[Tensor], grads: list[Tensor], lr: float) -> list[Tensor]:
+    return [torch.sub(p, g, alpha=lr) for p, g in zip(params, grads, strict=True)]
+
+
+def foreach_update(params: list[Tensor], grads: list[Tensor], lr: float) -> list[Tensor]:
+    return list(torch._foreach_add(params, grads, alpha=-lr))
+
+
+def update_check(inputs: Inputs) -> Callable[[Any], float]:
+    expected = tuple(t.detach() for t in update_call(reference.sgd_update, inputs.double())())
+    return lambda results: relative_error(results, expected)
+
+
 def builder(function: Callable[..., Call], inputs: Inputs) -> Call:
     """What builds data has no gradient and makes its own call."""
     return function(*inputs.arguments)
@@ -492,6 +612,55 @@ def anil_case(features: int, steps: int, goals: tuple[Goal, ...], compiled: bool
         flops=sizes.tasks
         * ((12 * n * ways + 3 * n * n + 6 * m * ways) * features + 6 * steps * n * n * ways),
         quick=steps == 5,
+    )
+
+
+def ridge_case(features: int) -> Case:
+    sizes = Sizes(features=features)
+    rows = sizes.support_rows + sizes.query_rows
+    n, ways = sizes.support_rows, sizes.ways
+    eager = ("eager, cholesky_solve", "eager, linalg.solve", "eager, inverse")
+    solvers = (cholesky_solve, torch.linalg.solve, inverse_product)
+    return Case(
+        name=f"ridge-d{features}",
+        title=f"ridge head, d = {features}",
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=ridge_inputs,
+        check=against_float64(eager_ridge(inverse_product)),
+        variants=(
+            Variant(OURS, fused_ridge),
+            *(Variant(name, eager_ridge(solve)) for name, solve in zip(eager, solvers, strict=True)),
+        ),
+        goals=(Goal(eager, 5.0, 7.0),),
+        # The features are read by either pass, and their gradients written once.
+        traffic=3 * sizes.tasks * rows * features * FLOAT_BYTES,
+        flops=sizes.tasks * (n * n + 12 * n * ways + 6 * sizes.query_rows * ways) * features,
+        quick=True,
+    )
+
+
+def update_case(per_element: bool) -> Case:
+    sizes = UpdateSizes()
+    numbers = sizes.tasks * sum(math.prod(shape) for shape in sizes.shapes())
+    stacked = {"stacked autograd": reference.sgd_update}
+    if not per_element:
+        stacked |= {"stacked, torch.sub": subtracted_update, "stacked, foreach": foreach_update}
+    return Case(
+        name="sgd-update-elements" if per_element else "sgd-update",
+        title="differentiable update of Conv4-64, " + ("a rate per element" if per_element else "one rate"),
+        sizes=sizes,
+        tiny=replace(sizes, tasks=2, channels=3, ways=2),
+        inputs=update_inputs(per_element),
+        check=update_check,
+        variants=(
+            Variant(OURS, sgd_update, prepare=update_call),
+            *(Variant(name, function, prepare=update_call) for name, function in stacked.items()),
+            Variant("loop over tasks", looped_update, prepare=update_call),
+        ),
+        goals=(Goal(("stacked autograd",), 1.5, 2.5), Goal(("loop over tasks",), 6.0, 10.0)),
+        # Parameters and gradients in, parameters out; upstream gradients in, gradients out.
+        traffic=5 * numbers * FLOAT_BYTES,
     )
 
 
@@ -607,6 +776,17 @@ CASES: tuple[Case, ...] = (
         lambda *arguments: prototypical_loss(*arguments)[0],
         lambda support, support_labels, query, query_labels, ways: four_calls(support, query),
     ),
+    ridge_case(1600),
+    ridge_case(64),
+    host_cost_case(
+        "ridge_logits",
+        lambda sizes: ridge_inputs(sizes, learned=False),
+        against_float64(eager_ridge(inverse_product)),
+        fused_ridge,
+        lambda support, labels, query, *rest: four_calls(support, query),
+    ),
+    update_case(per_element=False),
+    update_case(per_element=True),
     *map(episodes_case, episodes.SIZES),
 )
 

@@ -144,4 +144,42 @@ inline void check_linear_head_upstream(const std::optional<Tensor>& grad_logits,
   check(tape, "tape", {T, gram ? n + C : 0, tape.size(2)});
 }
 
+// What both operators of the ridge head are given; labels are class numbers or weights.
+inline void check_ridge(const Tensor& support, const Tensor& labels, const Tensor& query, int64_t num_classes) {
+  check_classes(num_classes);
+  check_dim(support, "support", 3, "[T, n, d]");
+  check_dim(query, "query", 3, "[T, m, d]");
+  const int64_t T = query.size(0), n = support.size(1);
+  check_like(query, "query", support, "support");
+  check_shape(support, "support", {T, n, query.size(2)});
+  if (labels.dim() == 3) {
+    check_like(labels, "labels", support, "support");
+    check_shape(labels, "labels", {T, n, num_classes});
+  } else {
+    check_labels(labels, "labels", support);
+    check_shape(labels, "labels", {T, n});
+  }
+}
+
+inline void check_per_task(const std::optional<Tensor>& value, const char* name, const Tensor& support) {
+  if (!value) return;
+  check_like(*value, name, support, "support");
+  check_shape(*value, name, {support.size(0)});
+}
+
+// The gradient of the logits, and what was saved for the ridge head's backward.
+inline void check_ridge_upstream(const Tensor& grad, const Tensor& support, const Tensor& query, const Tensor& weight,
+                                 const Tensor& alpha, const Tensor& factor) {
+  check_dim(grad, "grad", 3, "[T, m, C]");
+  const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2), C = grad.size(2);
+  const auto check = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+    check_like(tensor, name, query, "query");
+    check_shape(tensor, name, shape);
+  };
+  check(grad, "grad", {T, m, C});
+  check(weight, "weight", {T, C, d});
+  check(alpha, "alpha", {T, n, C});
+  check(factor, "factor", {T, n, n});
+}
+
 }  // namespace metafast

@@ -33,6 +33,20 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor query, Tensor weight, Tensor? bias, Tensor? rates, Tensor? bias_rates, float rate, int steps, int loss, "
       "float momentum, float weight_decay, bool first_order, bool gram, Tensor adapted, Tensor tape) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // support [T, n, d], labels [T, n] or targets [T, n, C], query [T, m, d]; regularisation, scale and offset [T], or None
+  // for the number after them -> logits [T, m, C]; and weight [T, C, d], alpha [T, n, C], factor [T, n, n] for the backward
+  m.def(
+      "ridge_logits(Tensor support, Tensor labels, Tensor query, Tensor? regularisation, Tensor? scale, Tensor? "
+      "offset, "
+      "float fixed_regularisation, float fixed_scale, float fixed_offset, int num_classes) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ridge_logits_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor? regularisation, "
+      "Tensor? scale, float fixed_regularisation, float fixed_scale, Tensor weight, Tensor alpha, Tensor factor) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
+  m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");
 
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");

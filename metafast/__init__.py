@@ -4,8 +4,10 @@ from metafast import data, learners, reference
 from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
+from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.prototype import prototypes, prototypical_loss
+from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
 
 __all__ = [
@@ -26,4 +28,6 @@ __all__ = [
     "prototypes",
     "prototypical_loss",
     "reference",
+    "ridge_logits",
+    "sgd_update",
 ]

@@ -82,13 +82,14 @@ def class_labels(value: Any, name: str) -> None:
         raise ValueError(f"{name}: expected shape [..., rows], got a scalar")
 
 
-def temperature(value: Any, like: Tensor) -> None:
+def scalar(value: Any, name: str, like: Tensor, like_name: str) -> None:
+    """A number, or a floating tensor on the device of ``like``."""
     if isinstance(value, Tensor):
         if value.dtype not in FLOATING:
-            raise TypeError(f"temperature: expected a number or a floating tensor, got {value.dtype}")
-        same_device(value, "temperature", like, "support")
+            raise TypeError(f"{name}: expected a number or a floating tensor, got {value.dtype}")
+        same_device(value, name, like, like_name)
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"temperature: expected a number or a floating tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a number or a floating tensor, got {type(value).__name__}")
 
 
 def floating(value: Any, name: str) -> None:

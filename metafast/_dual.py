@@ -105,6 +105,41 @@ def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Dual:
     return Dual(function(x, y), tangent)
 
 
+def inverse(matrix: Any) -> Any:
+    """The inverse of a symmetric positive definite matrix, NaN for any other."""
+    a = value_of(matrix)
+    value = torch.linalg.inv_ex(a)[0] + _nan_unless_positive_definite(a)
+    tangent = tangent_of(matrix)
+    if not isinstance(matrix, Dual):
+        return value
+    return Dual(value, None if tangent is None else -(value @ tangent @ value))
+
+
+def cholesky(matrix: Any) -> Any:
+    """The upper factor U of a symmetric positive definite matrix U^T U, NaN for any other."""
+    a = value_of(matrix)
+    value = torch.linalg.cholesky_ex(a, upper=True)[0] + _nan_unless_positive_definite(a).triu()
+    tangent = tangent_of(matrix)
+    if not isinstance(matrix, Dual):
+        return value
+    if tangent is None:
+        return Dual(value)
+    # dU = P(U^-T dA U^-1) U, with P the upper half and half of the diagonal.
+    turned = torch.linalg.solve_triangular(value.mT, tangent, upper=False)
+    turned = torch.linalg.solve_triangular(value, turned, upper=True, left=False)
+    return Dual(value, upper_half(turned) @ value)
+
+
+def upper_half(matrix: Tensor) -> Tensor:
+    """The entries above the diagonal, and half of those on it."""
+    return (matrix.triu() + matrix.triu(1)) / 2
+
+
+def _nan_unless_positive_definite(a: Tensor) -> Tensor:
+    info = torch.linalg.cholesky_ex(a.detach())[1]
+    return torch.where(info > 0, torch.nan, 0.0).to(a.dtype)[..., None, None].expand(a.shape)
+
+
 def value_of(number: Any) -> Any:
     return number.value if isinstance(number, Dual) else number
 

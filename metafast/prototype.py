@@ -142,7 +142,7 @@ def prototypical_loss(
     _check.same_size(query, -1, "query", support, -1, "support")
     _check.same_size(support_labels, -1, "support_labels", support, -2, "support")
     _check.same_size(query_labels, -1, "query_labels", query, -2, "query")
-    _check.temperature(temperature, support)
+    _check.scalar(temperature, "temperature", support, "support")
     if support.dtype in (torch.bfloat16, torch.float16) or query.dtype != support.dtype:
         support, query = support.float(), query.float()
     scale, learned = 1.0, None

@@ -219,3 +219,43 @@ def adapted_logits(
     adapted, adapted_bias = adapt_linear(support, labels, weight, bias, lr, steps, **options)
     logits = query @ adapted.transpose(-1, -2)
     return logits if adapted_bias is None else logits + adapted_bias.unsqueeze(-2)
+
+
+def ridge_logits(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    regularisation: float | Tensor,
+    scale: float | Tensor = 1.0,
+    offset: float | Tensor = 0.0,
+    *,
+    num_classes: int | None = None,
+) -> Tensor:
+    """``scale X_q W + offset`` with ``W = X^T (X X^T + regularisation I)^-1 Y``: ``[..., m, C]``.
+
+    ``labels`` holds class numbers ``[..., n]``, for which ``num_classes`` is needed, or targets ``[..., n, C]``.
+    Half inputs are promoted: torch solves no equations in them.
+    """
+    if support.dtype in (torch.bfloat16, torch.float16):
+        support, query = support.float(), query.float()
+
+    def per_task(value: float | Tensor) -> float | Tensor:
+        return value[..., None, None] if isinstance(value, Tensor) else value
+
+    targets = labels.to(support.dtype)
+    if not labels.is_floating_point():
+        assert num_classes is not None
+        targets = one_hot(labels, num_classes).to(support.dtype) + nan_where_invalid(
+            labels, num_classes, support
+        )
+    identity = torch.eye(support.shape[-2], dtype=support.dtype, device=support.device)
+    gram = support @ support.mT + per_task(regularisation) * identity
+    # Not torch.linalg.solve, whose second derivative by forward mode twice is wrong in torch 2.13.
+    weight = support.mT @ (torch.linalg.inv_ex(gram)[0] @ targets)
+    return per_task(scale) * (query @ weight) + per_task(offset)
+
+
+def sgd_update(params: list[Tensor], grads: list[Tensor], lr: float | Tensor | list[Tensor]) -> list[Tensor]:
+    """``params_k - lr_k grads_k``."""
+    rates: list[float | Tensor] = [*lr] if isinstance(lr, list) else [lr] * len(params)
+    return [p - rate * g for p, g, rate in zip(params, grads, rates, strict=True)]

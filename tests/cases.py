@@ -62,7 +62,9 @@ class Case:
     kernels_only: bool = True  # False: a part of it is composed of torch's operators
     promotes: bool = False  # half types give float32
     cuda: bool = True  # False: its kernels for GPUs are still to come
+    emulated: bool = True  # False: nothing of csrc/cuda is in it
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    condition: float = 1.0  # how much larger than their inputs' the rounding errors of the results may be
 
     def make(
         self,
@@ -143,14 +145,20 @@ def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assert_accurate(
-    actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype
+    actual: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+    condition: float = 1.0,
 ) -> None:
     """At most twice the error of the plain formula in ``dtype``, and a few roundings of 1 or of the largest value.
+
+    ``condition`` is by how much the function enlarges roundings: the plain formula's own error may be a lucky one.
 
     One number per task (the loss, the gradient of a temperature) sums terms as large as the other results, and is
     rounded as they are.
     """
-    floor = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 4)
+    floor = condition * torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 4)
     per_row = max(e.dim() for e in exact) - 1
     largest = max(largest_finite(e) for e in exact)
     for k, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
@@ -285,6 +293,53 @@ def _head(name: str, inputs: Mapping[str, Input], **options: Any) -> Case:
         kernels_only=False,
         promotes=True,
         cuda=False,
+        emulated=False,
+    )
+
+
+def _ridge(labels: Input, **scalars: Input) -> Case:
+    soft = labels.kind != "labels"
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(s: Tensor, y: Tensor, q: Tensor, *rest: Any) -> Any:
+            own = dict(zip(scalars, rest[:-1], strict=True))
+            return function(s, y, q, own.pop("regularisation", 0.8), **own, num_classes=rest[-1])
+
+        return of
+
+    return Case(
+        "ridge_logits" + ("-soft" if soft else "") + ("-scalars" if scalars else ""),
+        call(metafast.ridge_logits),
+        call(reference.ridge_logits),
+        {"support": Input("n d"), "labels": labels, "query": Input("m d"), **scalars},
+        kernels_only=False,
+        promotes=True,
+        cuda=False,
+        emulated=False,
+        condition=16.0,
+    )
+
+
+def _update(name: str, rates: Mapping[str, Input], rate: float | None = None) -> Case:
+    """Two parameters, then their gradients, then the rates."""
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(*values: Any) -> Any:
+            own = list(values[4:-1])
+            return tuple(
+                function(list(values[:2]), list(values[2:4]), rate or (own if len(own) == 2 else own[0]))
+            )
+
+        return of
+
+    shapes = {"weight": Input("n d"), "bias": Input("m")}
+    return Case(
+        f"sgd_update-{name}",
+        call(metafast.sgd_update),
+        call(reference.sgd_update),
+        {**shapes, **{f"{k}_grad": v for k, v in shapes.items()}, **rates},
+        kernels_only=False,
+        emulated=False,
     )
 
 
@@ -364,4 +419,15 @@ CASES = (
         loss="mse",
         weight_decay=0.1,
     ),
+    _ridge(Input("n", "labels")),
+    _ridge(
+        Input("n C"),
+        regularisation=Input("", "positive"),
+        scale=Input("", "positive", per_task=False),
+        offset=Input(""),
+    ),
+    _update("number", {}, 0.3),
+    _update("shared", {"lr": Input("", "positive", per_task=False)}),
+    _update("layers", {k: Input("", "positive", per_task=False) for k in ("weight_lr", "bias_lr")}),
+    _update("elements", {"weight_lr": Input("n d"), "bias_lr": Input("m")}),
 )

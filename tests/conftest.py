@@ -30,9 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def _wanted(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     case = parameters.get("case")
-    if isinstance(case, Case) and not case.cuda:
-        devices = [parameters[name][0] for name in ("device", "kernels", "hardware") if name in parameters]
-        if any(device != "cpu" for device in devices):
+    if isinstance(case, Case):
+        devices = {parameters[name][0] for name in ("device", "kernels", "hardware") if name in parameters}
+        if ("cuda" in devices and not case.cuda) or ("emulated" in devices and not case.emulated):
             return False
     return simt.kind() == "plain" or item.get_closest_marker("emulated") is not None
 

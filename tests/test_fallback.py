@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import linear_head, prototype
+from metafast import inner_update, linear_head, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from tests.cases import (
     CASES,
@@ -42,6 +42,8 @@ OPERATORS = (
     prototype.LOSS_VJP,
     linear_head.HEAD,
     linear_head.HEAD_VJP,
+    ridge.RIDGE,
+    ridge.RIDGE_VJP,
 )
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -68,7 +70,7 @@ def test_every_operator_has_one() -> None:
         schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("metafast::")
     }
     queries = {f"metafast::{name}" for name in ("vector_bits", "keep_pages", "build_info", "cuda_probe")}
-    assert names - queries == {op._schema.name for op in OPERATORS}
+    assert names - queries == {op._schema.name for op in (*OPERATORS, inner_update.UPDATE)}
     for op in OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, "CompositeExplicitAutograd"), (
             op
@@ -190,13 +192,14 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
-from metafast import linear_head, prototype
+from metafast import linear_head, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 
 bare = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 x, labels = torch.zeros(1, 2, 3), torch.tensor([[0, 1]])
 loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
+one = torch.ones(1)
 calls = {
     DISTANCE: (x, x, 0),
     DISTANCE_VJP: (square, x, x, 0),
@@ -205,6 +208,12 @@ calls = {
     prototype.MEANS_VJP: (x, labels),
     prototype.LOSS: (x, labels, x, labels, None, 1.0, 2, 0),
     prototype.LOSS_VJP: (loss, square, x, x, labels, x, labels, None, 1.0, square, x, 0),
+    linear_head.HEAD: (x, labels, x, x, None, None, None, 0.1, 1, 0, 0.0, 0.0, False, False),
+    linear_head.HEAD_VJP: (
+        square, None, None, x, labels, x, x, None, None, None, 0.1, 1, 0, 0.0, 0.0, False, False, x, x[:, :0],
+    ),
+    ridge.RIDGE: (x, labels, x, one, None, None, 1.0, 1.0, 0.0, 2),
+    ridge.RIDGE_VJP: (square, x, labels, x, one, None, 1.0, 1.0, x, square, square),
 }
 warnings.simplefilter("always")
 for op, arguments in calls.items():

@@ -64,7 +64,8 @@ def forward_mode_of_one(f: Callable[..., Any], values: tuple[Tensor, ...]) -> An
     for k in range(len(values)):
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(v, v.cos()) if j == k else v for j, v in enumerate(values)]
-            results.append([forward_ad.unpack_dual(o).tangent for o in outputs(f(*duals))])
+            unpacked = [forward_ad.unpack_dual(o) for o in outputs(f(*duals))]
+            results.append([torch.zeros_like(u.primal) if u.tangent is None else u.tangent for u in unpacked])
     return results
 
 

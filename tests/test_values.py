@@ -70,7 +70,7 @@ def check(case: Case, inputs: list[Tensor], C: int) -> None:
     dtype = next(t.dtype for t in inputs if t.is_floating_point())
     exact = results(case.reference, in_float64(inputs), C)
     plain = results(case.reference, inputs, C)
-    assert_accurate(results(case.function, inputs, C), plain, exact, dtype)
+    assert_accurate(results(case.function, inputs, C), plain, exact, dtype, case.condition)
 
 
 @each_case
@@ -144,7 +144,7 @@ def test_leading_dimensions(case: Case, lead: tuple[int, ...], device: torch.dev
     check(case, case.make(lead, ODD, torch.float32, device), ODD["C"])
 
 
-@each_case
+@pytest.mark.parametrize("case", [c for c in CASES if not c.name.startswith("sgd_update")], ids=str)
 def test_leading_dimensions_broadcast(case: Case, device: torch.device) -> None:
     leads = itertools.cycle([(3, 1), (2,), (), (3, 2), (1, 3, 1)])
     inputs = [spec.make(next(leads), ODD, torch.float32, device) for spec in case.inputs.values()]

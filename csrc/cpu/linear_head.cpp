@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_head(const Tensor& support, co
     const auto rows_query = input_rows<A>(head.query);
     const auto queries = [&](int64_t t, int64_t block) {
       const int64_t first = block * kRowBlock, last = std::min(first + kRowBlock, m);
-      products(rows_query, {to_weight, C * d, d}, t, t, first, last, C, d, bias ? to_bias + t * C : nullptr,
+      products(rows_query, {to_weight, C * d, d}, t, t, first, last, C, d, A(1), A(0), bias ? to_bias + t * C : nullptr,
                to_logits + t * m * C, C, 1);
     };
     const Stage query_stage{head.blocks(m), kRowBlock * C * d, queries};
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_head(const Tensor& support, co
       const Rows<const A> x = head.support_of(t);
       for (int64_t i = first; i < last; ++i) std::fill(own + i * stride + n, own + (i + 1) * stride, A(0));
       squares(x, 0, first, last, d, bias ? A(1) : A(0), own, stride);
-      products(x, head.weight_of(t), 0, 0, first, last, C, d, head.bias.of(t), first_logits, 1, stride);
+      products(x, head.weight_of(t), 0, 0, first, last, C, d, A(1), A(0), head.bias.of(t), first_logits, 1, stride);
     };
     const auto adapt = [&](int64_t t, int64_t) {
       const Scratch<A> storage((C + 1) * stride), arrays(2 * size), rest((C + 2) * stride + C);
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_head(const Tensor& support, co
       const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
       const Rows<const A> x = head.support_of(t);
       const Terms<A> terms[1] = {{spans.of(t), stride, 1, x.data, x.row_stride, n}};
-      combine(terms, head.weight.of(t), d, scales.of(t), to_weight + t * C * d, d, C, first, last);
+      combine(terms, A(1), head.weight.of(t), d, scales.of(t), to_weight + t * C * d, d, C, first, last);
     };
     parallel_stages(T, Stage{head.blocks(n), kRowBlock * (n / 2 + C) * d, products_of_support},
                     Stage{1, steps * n * stride * C, adapt}, Stage{chunks.count, n * C * chunks.size, weights},
@@ -271,10 +271,10 @@ Gradients linear_head_vjp(const std::optional<Tensor>& grad_logits, const std::o
       const A* own = from_logits == nullptr ? nullptr : from_logits + t * m * C;
       const int64_t rows = from_logits == nullptr ? 0 : m;
       const Terms<A> of_weight[1] = {{own, 1, C, rows_query.row(t, 0), head.query.stride(1), rows}};
-      combine(of_weight, from_weight == nullptr ? nullptr : from_weight + t * C * d, d, nullptr, weight_parts.of(t), d,
-              C, first, last);
+      combine(of_weight, A(1), from_weight == nullptr ? nullptr : from_weight + t * C * d, d, nullptr,
+              weight_parts.of(t), d, C, first, last);
       const Terms<A> of_query[1] = {{own, C, 1, last_weight + t * C * d, d, from_logits == nullptr ? 0 : C}};
-      combine(of_query, nullptr, 0, nullptr, query_grad + t * m * d, d, m, first, last);
+      combine(of_query, A(1), nullptr, 0, nullptr, query_grad + t * m * d, d, m, first, last);
     };
     const auto last_bias = [&](int64_t t, int64_t) {
       for (int64_t c = 0; c < C; ++c) {
@@ -298,7 +298,7 @@ Gradients linear_head_vjp(const std::optional<Tensor>& grad_logits, const std::o
       const PerRow<A> span_grads(T, size), logits_grads(T, size), spans(T, size), scales(T, C), grams(T, n * stride);
       const auto products_of_gradient = [&](int64_t t, int64_t block) {
         const int64_t first = block * kRowBlock, last = std::min(first + kRowBlock, n);
-        products(head.support_of(t), {weight_parts.of(t), 0, d}, 0, 0, first, last, C, d,
+        products(head.support_of(t), {weight_parts.of(t), 0, d}, 0, 0, first, last, C, d, A(1), A(0),
                  bias ? bias_parts.of(t) : nullptr, span_grads.of(t), 1, stride);
       };
       const auto sweep = [&](int64_t t, int64_t) {
@@ -321,7 +321,8 @@ Gradients linear_head_vjp(const std::optional<Tensor>& grad_logits, const std::o
         if (loop.decay != A(0)) {
           for (int64_t c = 0; c < C; ++c) {
             const Rows<const A> first{head.weight.of(t) + c * d, 0, d};
-            products({weight_parts.of(t), 0, d}, first, 0, 0, c, c + 1, 1, d, nullptr, scale_grad + c, 0, 1);
+            products({weight_parts.of(t), 0, d}, first, 0, 0, c, c + 1, 1, d, A(1), A(0), nullptr, scale_grad + c, 0,
+                     1);
             if (bias) scale_grad[c] += bias_parts.of(t)[c] * head.bias.of(t)[c];
           }
         }
@@ -349,9 +350,9 @@ Gradients linear_head_vjp(const std::optional<Tensor>& grad_logits, const std::o
         const Terms<A> of_features[3] = {{logits_grads.of(t), 1, stride, head.weight.of(t), d, used * C},
                                          {spans.of(t), 1, stride, own, d, used * C},
                                          {grams.of(t), stride, 1, x.data, x.row_stride, used * n}};
-        combine_three(of_features, nullptr, 0, nullptr, features_grad + t * n * d, d, n, first, last);
+        combine_three(of_features, A(1), nullptr, 0, nullptr, features_grad + t * n * d, d, n, first, last);
         const Terms<A> of_weight[1] = {{logits_grads.of(t), stride, 1, x.data, x.row_stride, n}};
-        combine(of_weight, own, d, scales.of(t), own, d, C, first, last);
+        combine(of_weight, A(1), own, d, scales.of(t), own, d, C, first, last);
       };
       parallel_stages(T, gradients_stage, bias_stage, Stage{head.blocks(n), kRowBlock * C * d, products_of_gradient},
                       Stage{1, 4 * steps * n * stride * C, sweep},

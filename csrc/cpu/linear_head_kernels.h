@@ -80,7 +80,7 @@ void head_steps(const InnerLoop<A>& loop, const A* gram, const A* first_logits, 
       for (int64_t k = 0; k < size; ++k) logits[k] = first_logits[k];
     } else {
       const Terms<A> terms[1] = {{span, loop.stride, 1, gram, loop.stride, loop.n}};
-      combine_rows<A, 1>(terms, first_logits, loop.stride, scale, logits, loop.stride, C, 0, loop.stride);
+      combine_rows<A, 1>(terms, A(1), first_logits, loop.stride, scale, logits, loop.stride, C, 0, loop.stride);
     }
     loss_gradient(loop, logits, error, scratch + size);
     for (int64_t c = 0; c < C; ++c) {
@@ -142,7 +142,7 @@ void head_reverse(const InnerLoop<A>& loop, const A* gram, const A* first_logits
     }
     if (t > 0) {
       const Terms<A> terms[1] = {{error, stride, 1, gram, stride, loop.n}};
-      combine_rows<A, 1>(terms, span_grad, stride, nullptr, span_grad, stride, C, 0, stride);
+      combine_rows<A, 1>(terms, A(1), span_grad, stride, nullptr, span_grad, stride, C, 0, stride);
     }
   }
   if (loop.first_order) {
@@ -152,7 +152,7 @@ void head_reverse(const InnerLoop<A>& loop, const A* gram, const A* first_logits
   const A *to_logits = tape.probability, *spans = tape.span;
   const Terms<A> terms[2] = {{to_logits, 1, stride, spans, stride, loop.steps * C},
                              {spans, 1, stride, to_logits, stride, loop.steps * C}};
-  combine_rows<A, 2>(terms, nullptr, 0, nullptr, gram_grad, stride, loop.n, 0, stride);
+  combine_rows<A, 2>(terms, A(1), nullptr, 0, nullptr, gram_grad, stride, loop.n, 0, stride);
 }
 
 // On the weights: W_K and b_K at the end of the tape, W_0 and b_0 at its beginning (bias null: none). x holds the support
@@ -168,11 +168,12 @@ void weight_steps(const InnerLoop<A>& loop, Rows<const A> x, int64_t d, Rates<A>
     A *logits = tape.probability + now * size, *error = tape.error + now * size;
     A *weight = tape.weight + now * C * d, *direction = tape.direction + now * C * d;
     for (int64_t k = 0; k < size; ++k) logits[k] = A(0);
-    row_products<A>(x, {weight, 0, d}, 0, 0, 0, loop.n, C, d, tape.bias == nullptr ? nullptr : tape.bias + now * C,
-                    logits, 1, loop.stride);
+    row_products<A>(x, {weight, 0, d}, 0, 0, 0, loop.n, C, d, A(1), A(0),
+                    tape.bias == nullptr ? nullptr : tape.bias + now * C, logits, 1, loop.stride);
     loss_gradient(loop, logits, error, scratch);
     const Terms<A> terms[1] = {{error, loop.stride, 1, x.data, x.row_stride, loop.n}};
-    combine_rows<A, 1>(terms, t > 0 ? tape.direction + before * C * d : nullptr, d, momentum, direction, d, C, 0, d);
+    combine_rows<A, 1>(terms, A(1), t > 0 ? tape.direction + before * C * d : nullptr, d, momentum, direction, d, C, 0,
+                       d);
     for (int64_t c = 0; c < C; ++c) {
       A *from = weight + c * d, *along = direction + c * d, *to = from + tape.kept * C * d;
       for (int64_t k = 0; k < d; ++k) {
@@ -237,14 +238,14 @@ void weight_reverse(const InnerLoop<A>& loop, Rows<const A> x, int64_t d, Rates<
     }
     if (loop.first_order) continue;
     for (int64_t k = 0; k < size; ++k) curved[k] = A(0);
-    row_products<A>(x, {along, 0, d}, 0, 0, 0, loop.n, C, d, bias_grad == nullptr ? nullptr : bias_along, curved, 1,
-                    stride);
+    row_products<A>(x, {along, 0, d}, 0, 0, 0, loop.n, C, d, A(1), A(0), bias_grad == nullptr ? nullptr : bias_along,
+                    curved, 1, stride);
     loss_curvature(loop, tape.probability + t * size, curved, targets_grad);
     const Terms<A> to_features[2] = {{error, 1, stride, along, d, C}, {curved, 1, stride, weight, d, C}};
-    combine_rows<A, 2>(to_features, features_grad.data, features_grad.row_stride, nullptr, features_grad.data,
+    combine_rows<A, 2>(to_features, A(1), features_grad.data, features_grad.row_stride, nullptr, features_grad.data,
                        features_grad.row_stride, loop.n, 0, d);
     const Terms<A> to_weight[1] = {{curved, stride, 1, x.data, x.row_stride, loop.n}};
-    combine_rows<A, 1>(to_weight, weight_grad, d, nullptr, weight_grad, d, C, 0, d);
+    combine_rows<A, 1>(to_weight, A(1), weight_grad, d, nullptr, weight_grad, d, C, 0, d);
     if (bias_grad == nullptr) continue;
     for (int64_t c = 0; c < C; ++c) bias_grad[c] += sum_of_rows(curved + c * stride, stride);
   }

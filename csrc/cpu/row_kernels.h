@@ -3,13 +3,14 @@
 
 #include "cpu/distance_kernels.h"
 
-// out[i row_step + j step] = <x_i, y_j> + bias_j for the rows begin..end of x; bias may be null.
+// out[i row_step + j step] = scale <x_i, y_j> + offset + bias_j for the rows begin..end of x; bias may be null.
 template <class A>
 void row_products(Rows<const A> x, Rows<const A> y, int64_t t, int64_t y_batch, int64_t begin, int64_t end, int64_t m,
-                  int64_t d, const A* bias, A* out, int64_t row_step, int64_t step) {
+                  int64_t d, A scale, A offset, const A* bias, A* out, int64_t row_step, int64_t step) {
   const Rows<const A> other{y.row(y_batch, 0), 0, y.row_stride};
   for_each_sum<A, Dot>(x, other, t, begin, end, m, d, [&](int64_t i, int64_t j, A sum) {
-    out[i * row_step + j * step] = bias == nullptr ? sum : sum + bias[j];
+    const A value = scale * sum + offset;
+    out[i * row_step + j * step] = bias == nullptr ? value : value + bias[j];
   });
 }
 
@@ -46,11 +47,12 @@ METAFAST_HOST_DEVICE void softmax_columns(A* columns, int64_t rows, int64_t num_
   }
 }
 
-// out = base * scale (a number for each row) + the terms, for R rows from r and V vectors of features from k; the last
+// out = base * scale (a number for each row) + gain * the terms, for R rows from r and V vectors of features from k; the last
 // vector has `count` entries. Null: no base, no scale. Long sums go in blocks: it bounds their rounding error.
 template <class A, bool Long, int R, int V, int N>
-METAFAST_HOST_DEVICE void combine_tile(const Terms<A> (&terms)[N], const A* base, int64_t base_stride, const A* scale,
-                                       A* out, int64_t out_stride, int64_t r, int64_t k, int64_t count) {
+METAFAST_HOST_DEVICE void combine_tile(const Terms<A> (&terms)[N], A gain, const A* base, int64_t base_stride,
+                                       const A* scale, A* out, int64_t out_stride, int64_t r, int64_t k,
+                                       int64_t count) {
   using W = vector_t<A>;
   constexpr int64_t kLanes = kWidth<A>;
   const auto read = [&](const A* from) { return V == 1 && count < kLanes ? load_part<A>(from, count) : load<A>(from); };
@@ -89,7 +91,7 @@ METAFAST_HOST_DEVICE void combine_tile(const Terms<A> (&terms)[N], const A* base
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      W value = Long ? total[i][v] + part[i][v] : part[i][v];
+      W value = (Long ? total[i][v] + part[i][v] : part[i][v]) * gain;
       if (base != nullptr) {
         const W from = read(base + (r + i) * base_stride + k + v * kLanes);
         value += scale != nullptr ? from * scale[r + i] : from;
@@ -105,7 +107,7 @@ METAFAST_HOST_DEVICE void combine_tile(const Terms<A> (&terms)[N], const A* base
 }
 
 template <class A, bool Long, int N>
-METAFAST_HOST_DEVICE void combine_columns(const Terms<A> (&terms)[N], const A* base, int64_t base_stride,
+METAFAST_HOST_DEVICE void combine_columns(const Terms<A> (&terms)[N], A gain, const A* base, int64_t base_stride,
                                           const A* scale, A* out, int64_t out_stride, int64_t rows, int64_t begin,
                                           int64_t end) {
   constexpr int64_t W = kWidth<A>;
@@ -115,10 +117,10 @@ METAFAST_HOST_DEVICE void combine_columns(const Terms<A> (&terms)[N], const A* b
     constexpr int kVectors = decltype(vectors)::value;
     int64_t r = 0;
     for (; r + R <= rows; r += R) {
-      combine_tile<A, Long, R, kVectors>(terms, base, base_stride, scale, out, out_stride, r, k, count);
+      combine_tile<A, Long, R, kVectors>(terms, gain, base, base_stride, scale, out, out_stride, r, k, count);
     }
     for (; r < rows; ++r) {
-      combine_tile<A, Long, 1, kVectors>(terms, base, base_stride, scale, out, out_stride, r, k, count);
+      combine_tile<A, Long, 1, kVectors>(terms, gain, base, base_stride, scale, out, out_stride, r, k, count);
     }
   };
   int64_t k = begin;
@@ -127,15 +129,15 @@ METAFAST_HOST_DEVICE void combine_columns(const Terms<A> (&terms)[N], const A* b
   for (; k < end; k += W) columns(std::integral_constant<int, 1>{}, k, std::min(W, end - k));
 }
 
-// The features begin..end of `rows` rows: out = base * scale + the terms. out may be base.
+// The features begin..end of `rows` rows: out = base * scale + gain * the terms. out may be base.
 template <class A, int N>
-void combine_rows(const Terms<A> (&terms)[N], const A* base, int64_t base_stride, const A* scale, A* out,
+void combine_rows(const Terms<A> (&terms)[N], A gain, const A* base, int64_t base_stride, const A* scale, A* out,
                   int64_t out_stride, int64_t rows, int64_t begin, int64_t end) {
   int64_t count = 0;
   for (const Terms<A>& term : terms) count += term.count;
   if (count > kBlock) {
-    combine_columns<A, true>(terms, base, base_stride, scale, out, out_stride, rows, begin, end);
+    combine_columns<A, true>(terms, gain, base, base_stride, scale, out, out_stride, rows, begin, end);
   } else {
-    combine_columns<A, false>(terms, base, base_stride, scale, out, out_stride, rows, begin, end);
+    combine_columns<A, false>(terms, gain, base, base_stride, scale, out, out_stride, rows, begin, end);
   }
 }

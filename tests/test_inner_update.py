@@ -1,0 +1,224 @@
+"""What the operator suites do not see of ``sgd_update``: containers, shared parameters, the graph, wrong arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from metafast import reference, sgd_update
+from metafast.inner_update import UPDATE
+from tests.cases import assert_same
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_containers(kind: Any) -> None:
+    """The container of the parameters comes back; None leaves its parameter; the gradients' order does not matter."""
+    params, grads = [rows(2, 3), rows(4), rows(2)], [rows(2, 3), None, rows(2)]
+    rates = [0.5, 0.1, rows(2)]
+
+    def wrap(values: list[Any]) -> Any:
+        return dict(zip("abc", values, strict=True)) if kind is dict else kind(values)
+
+    given = dict(reversed(wrap(grads).items())) if kind is dict else wrap(grads)
+    for lr, each in (
+        (0.3, [0.3] * 3),
+        (torch.tensor(0.3, dtype=torch.float64), [0.3] * 3),
+        (wrap(rates), rates),
+    ):
+        out = sgd_update(wrap(params), given, lr)
+        assert type(out) is kind
+        values = list(out.values()) if kind is dict else list(out)
+        assert values[1] is params[1]
+        for k in (0, 2):
+            assert_same(values[k], params[k] - each[k] * grads[k], 1e-15)
+    assert sgd_update(wrap(params), wrap([None] * 3), 0.1) == wrap(params)
+    assert sgd_update(kind(), kind(), 0.1) == kind()
+
+
+def test_one_node_and_an_aliased_gradient() -> None:
+    params, grads = ([rows(3, 2).requires_grad_(), rows(4).requires_grad_()] for _ in range(2))
+    out = sgd_update(params, grads, 0.1)
+    assert out[0].grad_fn is out[1].grad_fn
+    upstream = [rows(3, 2), rows(4)]
+    found = torch.autograd.grad(out, params, upstream)
+    assert [f.data_ptr() for f in found] == [u.data_ptr() for u in upstream]
+
+
+def test_unused_outputs_have_no_gradient() -> None:
+    params, grads, rates = ([rows(3).requires_grad_() for _ in range(2)] for _ in range(3))
+    out = sgd_update(params, grads, rates)
+    found = torch.autograd.grad(out[1].sum(), [*params, *grads, *rates], allow_unused=True)
+    assert [f is None for f in found] == [True, False] * 3
+
+
+def test_shared_parameters_become_every_tasks_own() -> None:
+    """Gradients, or rates, with leading dimensions that the parameters have not."""
+    inputs = [rows(2, 3), rows(3), rows(5, 2, 3), rows(5, 3), rows(3), rows(5, 1)]
+
+    def run(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda a, b, c, d, e, f: tuple(function([a, b], [c, d], [e, f]))
+
+    leaves = [t.requires_grad_() for t in inputs]
+    actual, expected = run(sgd_update)(*leaves), run(reference.sgd_update)(*leaves)
+    assert_same(actual, expected, 1e-15)
+    upstream = [o.detach().cos() for o in expected]
+    assert_same(
+        torch.autograd.grad(actual, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), 1e-14
+    )
+    assert gradcheck(run(sgd_update), leaves, check_forward_ad=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("size", [32767, 32768, 40000])
+def test_the_rates_gradient_does_not_depend_on_the_threads(size: int) -> None:
+    """Sums of any length, padded or not, with the same bits for every number of threads."""
+    params, grads = torch.zeros(size), torch.randn(size)
+    upstream = torch.randn(size)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            rate = torch.tensor(0.1, requires_grad=True)
+            found.append(torch.autograd.grad(sgd_update([params], [grads], rate), rate, [upstream])[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    exact = -(grads.double() * upstream.double()).sum()
+    torch.testing.assert_close(found[0].double(), exact, rtol=0, atol=1e-6 * size**0.5)
+
+
+def test_unrolled_steps() -> None:
+    """Three steps of a quadratic: the gradients for start and rates are those of plain autograd."""
+
+    def outer(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+        start, rates = (
+            torch.ones(3).double().requires_grad_(),
+            torch.full((3,), 0.1).double().requires_grad_(),
+        )
+        theta = start
+        for k in range(3):
+            (slope,) = torch.autograd.grad((theta**4).sum(), theta, create_graph=True)
+            (theta,) = function([theta], [slope], [rates[k]])
+        return torch.autograd.grad(theta.sin().sum(), (start, rates))
+
+    assert_same(outer(sgd_update), outer(reference.sgd_update), 1e-14)
+
+
+@pytest.mark.parametrize("rates", ["number", "shared", "elements"])
+def test_opcheck(rates: str) -> None:
+    params, grads = [rows(3, 2), rows(4)], [rows(3, 2), rows(4)]
+    each = {"number": [], "shared": [rows(), rows()], "elements": [rows(3, 2), rows(4)]}[rates]
+    for values in (params, grads, each):
+        for k, value in enumerate(values):
+            values[k] = value.requires_grad_()
+    torch.library.opcheck(UPDATE, (params, grads, each, 0.3))
+
+
+X = torch.zeros(2, 3)
+FLOATS = "expected float32, float64, bfloat16 or float16, got"
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "params": (
+        lambda: sgd_update(X, [X], 0.1),
+        TypeError,
+        "params: expected a list, a tuple or a dict, got Tensor",
+    ),
+    "param": (lambda: sgd_update([1.0], [X], 0.1), TypeError, "params[0]: expected a tensor, got float"),
+    "param int": (lambda: sgd_update([X.long()], [X], 0.1), TypeError, f"params[0]: {FLOATS} torch.int64"),
+    "grads": (
+        lambda: sgd_update([X], X, 0.1),
+        TypeError,
+        "grads: expected a list or a tuple, as params is, got Tensor",
+    ),
+    "grads count": (
+        lambda: sgd_update([X], [X, X], 0.1),
+        ValueError,
+        "grads: expected 1 entries, as params has, got 2",
+    ),
+    "grads list": (
+        lambda: sgd_update({"a": X}, [X], 0.1),
+        TypeError,
+        "grads: expected a dict, as params is, got list",
+    ),
+    "grads keys": (
+        lambda: sgd_update({"a": X}, {"b": X}, 0.1),
+        ValueError,
+        "grads: expected the keys of params, ['a'], got ['b']",
+    ),
+    "grad": (
+        lambda: sgd_update({"a": X}, {"a": 1}, 0.1),
+        TypeError,
+        "grads['a']: expected a tensor, got int",
+    ),
+    "grad dtype": (
+        lambda: sgd_update([X], [X.double()], 0.1),
+        TypeError,
+        "grads[0]: expected the dtype of params[0], torch.float32, got torch.float64",
+    ),
+    "grad shape": (
+        lambda: sgd_update([X], [X.T], 0.1),
+        ValueError,
+        "grads[0]: expected a shape that broadcasts, but params[0] has [2, 3], grads[0] has [3, 2]",
+    ),
+    "grad device": (
+        lambda: sgd_update([X], [X.to("meta")], 0.1),
+        ValueError,
+        "grads[0]: expected the device of params[0], cpu, got meta",
+    ),
+    "lr text": (
+        lambda: sgd_update([X], [X], "1"),
+        TypeError,
+        "lr: expected a number or a floating tensor, got str",
+    ),
+    "lr bool": (
+        lambda: sgd_update([X], [X], True),
+        TypeError,
+        "lr: expected a number or a floating tensor, got bool",
+    ),
+    "lr int tensor": (
+        lambda: sgd_update([X], [X], torch.tensor(1)),
+        TypeError,
+        "lr: expected a number or a floating tensor, got torch.int64",
+    ),
+    "lr 1-d": (
+        lambda: sgd_update([X], [X], torch.ones(3)),
+        ValueError,
+        "lr: expected a 0-d tensor, or an entry for each parameter, got [3]",
+    ),
+    "lr count": (
+        lambda: sgd_update([X], [X], [0.1, 0.1]),
+        ValueError,
+        "lr: expected 1 entries, as params has, got 2",
+    ),
+    "lr entry": (
+        lambda: sgd_update([X], [X], [None]),
+        TypeError,
+        "lr[0]: expected a number or a floating tensor, got NoneType",
+    ),
+    "lr shape": (
+        lambda: sgd_update({"a": X}, {"a": X}, {"a": torch.ones(2)}),
+        ValueError,
+        "lr['a']: expected a shape that broadcasts, but the parameter has [2, 3], its gradient has [2, 3], "
+        "lr['a'] has [2]",
+    ),
+    "lr device": (
+        lambda: sgd_update([X], [X], torch.ones((), device="meta")),
+        ValueError,
+        "lr: expected the device of its parameter, cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name: str) -> None:
+    call, kind, text = WRONG[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == text
