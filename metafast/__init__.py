@@ -4,6 +4,7 @@ from metafast import data, learners, reference
 from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
+from metafast.mlp import adapt_mlp, adapted_mlp
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.training import analyze, evaluate, fit
 
@@ -12,6 +13,8 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "FixedEpisodes",
+    "adapt_mlp",
+    "adapted_mlp",
     "analyze",
     "cdist",
     "check",

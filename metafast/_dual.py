@@ -113,6 +113,14 @@ def tangent_of(number: Any) -> Tensor | None:
     return number.tangent if isinstance(number, Dual) else None
 
 
+def concatenate(numbers: Sequence[Any], dim: int) -> Any:
+    value = torch.cat([value_of(n) for n in numbers], dim)
+    if all(tangent_of(n) is None for n in numbers):
+        return Dual(value) if isinstance(numbers[0], Dual) else value
+    tangents = [(tangent_of(n), value_of(n)) for n in numbers]
+    return Dual(value, torch.cat([torch.zeros_like(v) if t is None else t for t, v in tangents], dim))
+
+
 def constant(number: Any) -> Any:
     """``number`` without its dependence on anything: what a first-order rule takes it for."""
     return Dual(number.value.detach()) if isinstance(number, Dual) else number.detach()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import prototype
+from metafast import mlp, prototype
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from tests.cases import (
     CASES,
@@ -40,6 +40,8 @@ OPERATORS = (
     prototype.MEANS_VJP,
     prototype.LOSS,
     prototype.LOSS_VJP,
+    mlp.LOOP,
+    mlp.LOOP_VJP,
 )
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -188,13 +190,14 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
-from metafast import prototype
+from metafast import mlp, prototype
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 
 bare = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 x, labels = torch.zeros(1, 2, 3), torch.tensor([[0, 1]])
 loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
+net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 0, False
 calls = {
     DISTANCE: (x, x, 0),
     DISTANCE_VJP: (square, x, x, 0),
@@ -203,6 +206,8 @@ calls = {
     prototype.MEANS_VJP: (x, labels),
     prototype.LOSS: (x, labels, x, labels, None, 1.0, 2, 0),
     prototype.LOSS_VJP: (loss, square, x, x, labels, x, labels, None, 1.0, square, x, 0),
+    mlp.LOOP: (x, x, x, *net),
+    mlp.LOOP_VJP: (x, None, x, x, x, *net, x, True),
 }
 warnings.simplefilter("always")
 for op, arguments in calls.items():

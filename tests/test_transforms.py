@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def test_vmap_over_everything(case: Case, name: str, device: torch.device) -> No
     """All inputs mapped, labels too, each along another dimension."""
     inputs = case.make((3, 2), TINY, device=device)
     inputs = [
-        t if s.per_task else torch.rand(3, dtype=torch.float64, device=device) + 0.5
+        t if s.per_task else replace(s, per_task=True).make((3,), TINY, device=device)
         for t, s in zip(inputs, case.inputs.values(), strict=True)
     ]
     dims = tuple(k % t.dim() for k, t in enumerate(inputs))

@@ -78,7 +78,10 @@ def check(case: Case, inputs: list[Tensor], C: int) -> None:
 def test_dtypes(case: Case, dtype: torch.dtype, kernels: torch.device) -> None:
     inputs = case.make((3,), ODD, dtype, kernels)
     check(case, inputs, ODD["C"])
-    promoted = case.name.startswith("prototypical_loss") and dtype in (torch.bfloat16, torch.float16)
+    promoted = case.name.startswith(("prototypical_loss", "adapted_mlp")) and dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )
     for out in outputs(case.function(*inputs, ODD["C"])):
         assert out.dtype == (torch.float32 if promoted else dtype)
 
