@@ -123,9 +123,9 @@ def layers(weights: Any, biases: Any, inputs: Tensor, inputs_name: str) -> None:
         features(weight, f"weights[{k}]", "[..., out, in]")
         same_kind(weight, f"weights[{k}]", inputs, inputs_name)
         if weight.shape[-1] != width:
+            before = f"weights[{k - 1}]" if k else inputs_name
             raise ValueError(
-                f"weights[{k}]: expected shape [..., out, {width}] after {'weights[%d]' % (k - 1) if k else inputs_name}, "
-                f"got {list(weight.shape)}"
+                f"weights[{k}]: expected shape [..., out, {width}] after {before}, got {list(weight.shape)}"
             )
         width = weight.shape[-2]
         is_tensor(bias, f"biases[{k}]")

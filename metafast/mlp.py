@@ -1,7 +1,8 @@
 """The inner loop of an MLP: K steps of gradient descent on each task, with exact meta-gradients.
 
-With h_0 = x, a_l = W_l h_{l-1} + b_l, h_l = phi(a_l): delta_L = dE/da_L, delta_l = phi'(a_l) o (W_{l+1}^T delta_{l+1}), and
-the gradient of layer l is delta_l h_{l-1}^T. The reverse sweep goes through the steps backwards with the R operator.
+With h_0 = x, a_l = W_l h_{l-1} + b_l, h_l = phi(a_l): delta_L = dE/da_L, delta_l = phi'(a_l) o (W_{l+1}^T delta_{l+1}),
+and the gradient of layer l is delta_l h_{l-1}^T. The reverse sweep
+goes through the steps backwards with the R operator.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def adapt_mlp(
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""Parameters of an MLP after K steps of gradient descent on each task's support rows.
 
-    :math:`\theta_{t+1} = \theta_t - \alpha_t \circ \nabla E(\theta_t)`, E the mean loss over the rows (for ``"mse"`` over
-    rows and outputs). Finn, Abbeel and Levine, *Model-Agnostic Meta-Learning*, 2017; a rate for each parameter: Li et
-    al., *Meta-SGD*, 2017; for each layer and step: Antoniou, Edwards and Storkey, *How to train your MAML*, 2019.
+    :math:`\theta_{t+1} = \theta_t - \alpha_t \circ \nabla E(\theta_t)`, E the mean loss over the rows (for ``"mse"``
+    over rows and outputs). Finn, Abbeel and Levine, *Model-Agnostic Meta-Learning*, 2017; a rate for each parameter:
+    Li et al., *Meta-SGD*, 2017; for each layer and step: Antoniou, Edwards and Storkey, *How to train your MAML*, 2019.
     Differentiable to any order in every floating argument.
 
     Args:
@@ -266,16 +267,16 @@ def _sloped(h: Any, along: Any, activation: int) -> Any:
 def _activations(parameters: Sequence[Any], x: Any, activation: int) -> list[Any]:
     layers = len(parameters) // 2
     h = [x]
-    for l in range(layers):
-        a = h[-1] @ parameters[l].mT + parameters[layers + l].unsqueeze(-2)
-        h.append(a if l == layers - 1 else _activated(a, activation))
+    for layer in range(layers):
+        a = h[-1] @ parameters[layer].mT + parameters[layers + layer].unsqueeze(-2)
+        h.append(a if layer == layers - 1 else _activated(a, activation))
     return h
 
 
 def _deltas(parameters: Sequence[Any], h: Sequence[Any], last: Any, activation: int) -> list[Any]:
     deltas = [last]
-    for l in range(len(parameters) // 2 - 1, 0, -1):
-        deltas.insert(0, _sloped(h[l], deltas[0] @ parameters[l], activation))
+    for layer in range(len(parameters) // 2 - 1, 0, -1):
+        deltas.insert(0, _sloped(h[layer], deltas[0] @ parameters[layer], activation))
     return deltas
 
 
@@ -352,7 +353,7 @@ def _steps(
 
 def _in_order(layers: int) -> list[int]:
     """Positions of weight and bias, layer by layer."""
-    return [k for l in range(layers) for k in (l, layers + l)]
+    return [k for layer in range(layers) for k in (layer, layers + layer)]
 
 
 def _closed(inputs: Any, targets: Any, query: Any, weights: Sequence[Any], *rest: Any) -> tuple[Any, Any]:
@@ -383,7 +384,7 @@ def _closed_vjp(
     first_order: bool,
 ) -> list[Any]:
     """What LOOP_VJP computes, where the data's gradients are wanted: back through the query, then step by step."""
-    tasks, layers = inputs.shape[0], len(weights)
+    layers = len(weights)
     adapted, tape = _steps(
         inputs, targets, weights, biases, rates, rate, steps, activation, loss, first_order
     )
@@ -418,26 +419,26 @@ def _closed_vjp(
         # R of every activation and delta along v.
         ra: list[Any] = []
         rh: list[Any] = [None]
-        for l in range(layers):
-            a = h[l] @ v[l].mT + v[layers + l].unsqueeze(-2)
-            if l > 0:
-                a = a + rh[l] @ parameters[l].mT
+        for layer in range(layers):
+            a = h[layer] @ v[layer].mT + v[layers + layer].unsqueeze(-2)
+            if layer > 0:
+                a = a + rh[layer] @ parameters[layer].mT
             ra.append(a)
-            rh.append(a if l == layers - 1 else _sloped(h[l + 1], a, activation))
+            rh.append(a if layer == layers - 1 else _sloped(h[layer + 1], a, activation))
         last, mixed = _loss_delta_tangent(h[-1], _target(targets, h[-1]), ra[-1], loss)
         if not labelled:
             to_targets = to_targets + mixed
         rdeltas = [last]
-        for l in range(layers - 1, 0, -1):
-            change = _sloped(h[l], deltas[l] @ v[l] + rdeltas[0] @ parameters[l], activation)
+        for layer in range(layers - 1, 0, -1):
+            change = _sloped(h[layer], deltas[layer] @ v[layer] + rdeltas[0] @ parameters[layer], activation)
             if activation != _RELU:
                 # phi'' u = -2 h (1 - h^2) u = -2 h delta
-                change = change - h[l] * deltas[l - 1] * ra[l - 1] * 2.0
+                change = change - h[layer] * deltas[layer - 1] * ra[layer - 1] * 2.0
             rdeltas.insert(0, change)
         to_inputs = to_inputs - (deltas[0] @ v[0] + rdeltas[0] @ parameters[0])
         turned = _outer(rdeltas, h)
-        for l in range(1, layers):
-            turned[l] = turned[l] + deltas[l].mT @ rh[l]
+        for layer in range(1, layers):
+            turned[layer] = turned[layer] + deltas[layer].mT @ rh[layer]
         lam = [p - change for p, change in zip(lam, turned, strict=True)]
     to_parameters = [
         _over_groups(p, like, 2 if k < layers else 1)
@@ -453,7 +454,7 @@ def _to_rates(along: Sequence[Any], rates: Sequence[Any], t: int, layers: int) -
             _over_groups(g, r, 2 if k < layers else 1)
             for k, (g, r) in enumerate(zip(along, rates, strict=True))
         ]
-    of_layers = [along[l].sum((-2, -1)) + along[layers + l].sum(-1) for l in range(layers)]
+    of_layers = [along[layer].sum((-2, -1)) + along[layers + layer].sum(-1) for layer in range(layers)]
     if len(rates) == 1:
         of_layers = [sum(of_layers[1:], of_layers[0])]
     changes = []
@@ -487,10 +488,10 @@ def _tape_size(inputs: Tensor, query: Tensor | None, weights: Sequence[Tensor], 
         return (width + 15) // 16 * 16
 
     columns = parameters = 0
-    for l, weight in enumerate(weights):
+    for layer, weight in enumerate(weights):
         out, fan_in = weight.shape[-2:]
         columns += padded(out)
-        parameters += (fan_in * padded(out) if l == 0 else out * padded(fan_in)) + padded(out)
+        parameters += (fan_in * padded(out) if layer == 0 else out * padded(fan_in)) + padded(out)
     rows = 0 if query is None else query.shape[1]
     return steps * (2 * inputs.shape[1] * columns + parameters) + rows * columns
 
@@ -542,10 +543,10 @@ def _loop_vjp_tangent(tangents: Any, *args: Any) -> list[Tensor]:
     return out if data else [*(args[2].new_zeros(0) for _ in range(3)), *out[3:]]
 
 
-# LOOP_VJP is the gradient of <grads, LOOP>, whose second derivative is symmetric: its vjp for LOOP's arguments is its own
-# tangent, and its vjp for the upstream gradients is the tangent of LOOP.
+# LOOP_VJP is the gradient of <grads, LOOP>, whose second derivative is symmetric: its vjp for LOOP's arguments is its
+# own tangent, and its vjp for the upstream gradients is the tangent of LOOP.
 def _loop_vjp_vjp(need: Any, grads: Any, *args: Any) -> Any:
-    grad_outputs, grad_parameters, *own, _, data = args
+    *own, _, data = args[2:]
     targets, query, layers = own[1], own[2], len(own[3])
     directions = (
         grads[0] if data else None,

@@ -3,11 +3,6 @@
 constexpr int64_t kTileRows = METAFAST_VECTOR_BYTES == 64 ? 8 : 4;
 constexpr int64_t kTileVectors = 3;
 
-template <class A>
-METAFAST_HOST_DEVICE int64_t vectors(int64_t size) {
-  return (size + kWidth<A> - 1) / kWidth<A>;
-}
-
 METAFAST_HOST_DEVICE int64_t padded_width(int64_t width) { return (width + 15) / 16 * 16; }
 
 // A block of activations, layer by layer.
@@ -63,39 +58,58 @@ METAFAST_HOST_DEVICE void finish(const Target<A>& target, int64_t i, int64_t j, 
   store<A>(target.to + at, value);
 }
 
-// R rows and N vectors of columns of the sum of products, from row i and column j.
+// R rows and N vectors of columns of the sum of products, from row i and column j. Long sums are made in parts, which
+// keeps their rounding small.
 template <class A, Finish F, int R, int N>
 void product_tile(const Factor<A>* factors, int count, const Target<A>& target, int64_t i, int64_t j) {
-  vector_t<A> sums[R][N] = {};
+  constexpr int64_t kPart = 512;
+  vector_t<A> sums[R][N] = {}, totals[R][N];
+  bool in_parts = false;
   for (int f = 0; f < count; ++f) {
     const Factor<A>& factor = factors[f];
     const A* a = factor.a.data + i * factor.a.row;
     const A* b = factor.b + j;
-    for (int64_t k = 0; k < factor.depth; ++k) {
-      vector_t<A> row[N];
+    for (int64_t first = 0; first < factor.depth; first += kPart) {
+      const int64_t last = first + kPart < factor.depth ? first + kPart : factor.depth;
+      for (int64_t k = first; k < last; ++k) {
+        vector_t<A> row[N];
 #pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) row[v] = load<A>(b + v * kWidth<A>);
+        for (int v = 0; v < N; ++v) row[v] = load<A>(b + v * kWidth<A>);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const A value = a[r * factor.a.row];
+#pragma GCC unroll 4
+          for (int v = 0; v < N; ++v) sums[r][v] += value * row[v];
+        }
+        a += factor.a.column;
+        b += factor.stride;
+      }
+      if (last == factor.depth) break;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const A value = a[r * factor.a.row];
 #pragma GCC unroll 4
-        for (int v = 0; v < N; ++v) sums[r][v] += value * row[v];
+        for (int v = 0; v < N; ++v) {
+          totals[r][v] = in_parts ? totals[r][v] + sums[r][v] : sums[r][v];
+          sums[r][v] = vector_t<A>{};
+        }
       }
-      a += factor.a.column;
-      b += factor.stride;
+      in_parts = true;
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) finish<A, F>(target, i + r, j + v * kWidth<A>, sums[r][v]);
+    for (int v = 0; v < N; ++v) {
+      if (in_parts) sums[r][v] += totals[r][v];
+      finish<A, F>(target, i + r, j + v * kWidth<A>, sums[r][v]);
+    }
   }
 }
 
 template <class A, Finish F, int R>
 METAFAST_HOST_DEVICE void product_rows(const Factor<A>* factors, int count, const Target<A>& target, int64_t i,
                                        int64_t columns) {
-  const int64_t all = vectors<A>(columns);
+  const int64_t all = padded_width(columns) / kWidth<A>;
   int64_t v = 0;
   for (; v + kTileVectors <= all; v += kTileVectors) {
     product_tile<A, F, R, 3>(factors, count, target, i, v * kWidth<A>);
@@ -104,7 +118,7 @@ METAFAST_HOST_DEVICE void product_rows(const Factor<A>* factors, int count, cons
   if (all - v == 1) product_tile<A, F, R, 1>(factors, count, target, i, v * kWidth<A>);
 }
 
-// rows x columns of a b (+ a b), vectors along the columns of b.
+// rows x columns of a b (+ a b), vectors along the columns of b; pads become the products of pads, zeros.
 template <class A, Finish F>
 void product(const Factor<A>* factors, int count, const Target<A>& target, int64_t rows, int64_t columns) {
   if (rows == 0) return;
@@ -201,7 +215,7 @@ void row_product(const RowFactor<A>* factors, int count, const Target<A>& target
 // The sums of the columns of `rows` rows, finished like a product.
 template <class A, Finish F>
 METAFAST_HOST_DEVICE void column_sums(Layer<A> from, int64_t rows, const Target<A>& target, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += kWidth<A>) {
+  for (int64_t j = 0; j < padded_width(columns); j += kWidth<A>) {
     vector_t<A> total = {};
     for (int64_t i = 0; i < rows; ++i) total += load<A>(from.data + i * from.stride + j);
     finish<A, F>(target, 0, j, total);
@@ -274,11 +288,8 @@ void backward_pass(const MlpPlan& plan, const A* parameters, A* h, A* delta, int
     const Factor<A> factor{plain(from), parameters + plan.weight[l], to.stride, plan.width[l + 1]};
     product<A, Finish::set>(&factor, 1, {to.data, to.stride, nullptr, nullptr, 0}, rows, plan.width[l]);
     const A* own = layer_of(plan, h, rows, l - 1).data;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < plan.width[l]; j += kWidth<A>) {
-        const int64_t at = i * to.stride + j;
-        store<A>(to.data + at, slope<A>(plan.activation, load<A>(own + at), load<A>(to.data + at)));
-      }
+    for (int64_t k = 0; k < rows * to.stride; k += kWidth<A>) {
+      store<A>(to.data + k, slope<A>(plan.activation, load<A>(own + k), load<A>(to.data + k)));
     }
   }
 }
@@ -501,17 +512,14 @@ void mlp_adapt_vjp(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradien
                                     {plain(moved), theta + plan.weight[l], to.stride, plan.width[l + 1]}};
       product<A, Finish::set>(factors, 2, {to.data, to.stride, nullptr, nullptr, 0}, n, plan.width[l]);
       const int64_t offset = n * plan.column[l - 1];
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < plan.width[l]; j += kWidth<A>) {
-          const int64_t at = i * to.stride + j;
-          const vector_t<A> own = load<A>(h + offset + at);
-          vector_t<A> value = slope<A>(plan.activation, own, load<A>(to.data + at));
-          // phi'' u = -2 h (1 - h^2) u = -2 h delta
-          if (plan.activation == Activation::tanh) {
-            value -= 2 * own * load<A>(delta + offset + at) * load<A>(ra + offset + at);
-          }
-          store<A>(to.data + at, value);
+      for (int64_t k = 0; k < n * to.stride; k += kWidth<A>) {
+        const vector_t<A> own = load<A>(h + offset + k);
+        vector_t<A> value = slope<A>(plan.activation, own, load<A>(to.data + k));
+        // phi'' u = -2 h (1 - h^2) u = -2 h delta
+        if (plan.activation == Activation::tanh) {
+          value -= 2 * own * load<A>(delta + offset + k) * load<A>(ra + offset + k);
         }
+        store<A>(to.data + k, value);
       }
     }
     if (grads.inputs) {
