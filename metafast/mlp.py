@@ -193,7 +193,7 @@ def _rates(
 ) -> tuple[float, list[Tensor]]:
     """A number, and the operator's list of tensors."""
     if _check.is_number(lr):
-        return float(lr), []
+        return lr, []
     if isinstance(lr, Tensor):
         return 0.0, [_check.step_rates(lr, "lr", steps, like)]
     wanted = (

@@ -255,15 +255,21 @@ def _loss(metric: str, temperature: float | Input) -> Case:
 
 
 def _adapted(
-    name: str, inputs: Mapping[str, Input], arguments: Callable[..., tuple[Any, Any, Any]], **options: Any
+    name: str,
+    inputs: Mapping[str, Input],
+    arguments: Callable[..., tuple[Any, Any, Any]],
+    unit_rows: bool = False,
+    **options: Any,
 ) -> Case:
     """Two steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
 
-    Initial weights and rates shrink with the number of inputs, so that steps converge for any.
+    Rows, or initial weights and rates, shrink with the number of inputs, so that steps converge for any.
     """
 
     def function(module: Any) -> Callable[..., Any]:
         def of(x: Tensor, y: Tensor, query: Tensor, *rest: Any) -> Any:
+            if unit_rows:
+                x, query = x * _fan(x) ** 0.5, query * _fan(x) ** 0.5
             return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), 2, **options)
 
         return of
@@ -286,12 +292,13 @@ _MLPS = (
     _adapted(
         "relu-mse",
         {
-            "targets": Input("n 2"),
+            "targets": Input("n C"),
             "weight": Input("3 d", per_task=False),
             "bias": Input("3", per_task=False),
-            "top": Input("2 3", per_task=False),
+            "top": Input("C 3", per_task=False),
         },
-        lambda x, weight, bias, top: ([weight * _fan(x) ** 0.5, top], [bias, top.sum(-1)], 0.3 * _fan(x)),
+        lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.3),
+        unit_rows=True,
     ),
     _adapted(
         "tanh-cross_entropy-rate",
