@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import episodes
+from benchmarks import episodes, inner_mlp
 from metafast import (
     adapted_logits,
     pairwise_distance,
@@ -703,6 +703,44 @@ def episodes_case(title: str) -> Case:
     )
 
 
+def mlp_case(name: str, title: str, sizes: inner_mlp.MlpSizes, goals: tuple[Goal, ...]) -> Case:
+    return Case(
+        name=name,
+        title=title,
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=lambda sizes: Inputs(inner_mlp.inputs(sizes)),
+        check=against_float64(inner_mlp.exact),
+        variants=(
+            Variant(OURS, inner_mlp.fused),
+            Variant("torch.func vmap", inner_mlp.mapped),
+            Variant("torch.compile, torch.func vmap", inner_mlp.mapped, compiled=True),
+            Variant("per-task Python loop", inner_mlp.looped),
+        ),
+        goals=goals,
+        flops=sizes.flops,
+    )
+
+
+def sinusoid_case(steps: int, gates: tuple[float, ...], stretches: tuple[float, ...]) -> Case:
+    rivals = ("torch.func vmap", "torch.compile, torch.func vmap", "per-task Python loop")
+    return mlp_case(
+        f"maml-sinusoid-k{steps}",
+        f"second-order MAML, sinusoid, K = {steps}",
+        inner_mlp.MlpSizes(25, 10, 10, steps, (1, 40, 40, 1), 0.01),
+        tuple(Goal((r,), g, s) for r, g, s in zip(rivals, gates, stretches, strict=True)),
+    )
+
+
+def omniglot_case(steps: int, gate: float, stretch: float) -> Case:
+    return mlp_case(
+        f"maml-omniglot-mlp-k{steps}",
+        f"second-order MAML, Omniglot MLP, K = {steps}",
+        inner_mlp.MlpSizes(32, 5, 75, steps, (784, 256, 128, 64, 64, 5), 0.1),
+        (Goal(("torch.func vmap",), gate, stretch),),
+    )
+
+
 _CDIST_HEADS = ("torch.cdist, one-hot means", "torch.cdist, index_add means")
 _ONE = torch.ones(1, 1, 1)
 
@@ -788,6 +826,11 @@ CASES: tuple[Case, ...] = (
     update_case(per_element=False),
     update_case(per_element=True),
     *map(episodes_case, episodes.SIZES),
+    sinusoid_case(1, (8.0, 1.8, 75.0), (14.0, 3.0, 120.0)),
+    sinusoid_case(5, (14.0, 3.0, 130.0), (24.0, 4.8, 230.0)),
+    sinusoid_case(10, (14.0, 3.0, 130.0), (24.0, 4.8, 230.0)),
+    omniglot_case(1, 1.7, 2.5),
+    omniglot_case(5, 3.0, 4.5),
 )
 
 

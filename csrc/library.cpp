@@ -48,6 +48,19 @@ STABLE_TORCH_LIBRARY(metafast, m) {
   // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
   m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");
 
+  // The inner loop of an MLP. inputs [T, n, in], targets [T, n, out] or class numbers [T, n], query [T, m, in]; weights
+  // [out, in], biases [out], all shared or all with a leading dimension G that divides T. rates: none (the number is),
+  // one or one for each layer of [1] or [steps], or one for each parameter; a leading dimension as for the weights.
+  // outputs [T, m, out]; without a query the packed adapted parameters [T, P]; what the vjp wants to know.
+  m.def(
+      "mlp_loop(Tensor inputs, Tensor targets, Tensor? query, Tensor[] weights, Tensor[] biases, Tensor[] rates, "
+      "float rate, int steps, int activation, int loss, bool first_order) -> (Tensor, Tensor, Tensor)");
+  // Gradients of inputs, targets and query (empty unless `data`), weights, biases and rates.
+  m.def(
+      "mlp_loop_vjp(Tensor? grad_outputs, Tensor? grad_parameters, Tensor inputs, Tensor targets, Tensor? query, "
+      "Tensor[] weights, Tensor[] biases, Tensor[] rates, float rate, int steps, int activation, int loss, "
+      "bool first_order, Tensor tape, bool data) -> Tensor[]");
+
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
   m.def("build_info() -> str");

@@ -6,6 +6,7 @@ from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
+from metafast.mlp import adapt_mlp, adapted_mlp
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
@@ -16,7 +17,9 @@ __all__ = [
     "Episodes",
     "FixedEpisodes",
     "adapt_linear",
+    "adapt_mlp",
     "adapted_logits",
+    "adapted_mlp",
     "analyze",
     "cdist",
     "check",

@@ -134,7 +134,8 @@ def differentiable(
                 torch.zeros_like(a) if v is None and isinstance(a, Tensor) else v
                 for a, v in zip(inputs, tangents, strict=True)
             ]
-            return jvp(tuple(layout.join(filled)), *layout.join(inputs))
+            out = jvp(tuple(layout.join(filled)), *layout.join(inputs))
+            return tuple(out) if isinstance(out, list) else out
 
     def primal(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():

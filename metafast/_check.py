@@ -18,9 +18,7 @@ def is_tensor(value: Any, name: str) -> None:
 
 def features(value: Any, name: str, shape: str) -> None:
     """A floating tensor of at least two dimensions, described by ``shape``."""
-    is_tensor(value, name)
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    floating(value, name)
     if value.dim() < 2:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
@@ -88,7 +86,7 @@ def scalar(value: Any, name: str, like: Tensor, like_name: str) -> None:
         if value.dtype not in FLOATING:
             raise TypeError(f"{name}: expected a number or a floating tensor, got {value.dtype}")
         same_device(value, name, like, like_name)
-    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    elif not is_number(value):
         raise TypeError(f"{name}: expected a number or a floating tensor, got {type(value).__name__}")
 
 
@@ -99,9 +97,20 @@ def floating(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
 def number(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def choice(value: Any, name: str, choices: tuple[str, ...]) -> int:
+    """The place of ``value`` among the ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
+    return choices.index(value)
 
 
 def count(value: Any, name: str) -> None:
@@ -109,3 +118,49 @@ def count(value: Any, name: str) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name}: expected 0 or more, got {value}")
+
+
+def layers(weights: Any, biases: Any, inputs: Tensor, inputs_name: str) -> None:
+    """Lists of weights ``[..., out, in]`` and biases ``[..., out]`` that take the inputs from layer to layer."""
+    for value, name in ((weights, "weights"), (biases, "biases")):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+    if not weights:
+        raise ValueError("weights: expected at least one layer, got none")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases: expected {len(weights)}, one for each of weights, got {len(biases)}")
+    width = inputs.shape[-1]
+    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        features(weight, f"weights[{k}]", "[..., out, in]")
+        same_kind(weight, f"weights[{k}]", inputs, inputs_name)
+        if weight.shape[-1] != width:
+            before = f"weights[{k - 1}]" if k else inputs_name
+            raise ValueError(
+                f"weights[{k}]: expected shape [..., out, {width}] after {before}, got {list(weight.shape)}"
+            )
+        width = weight.shape[-2]
+        is_tensor(bias, f"biases[{k}]")
+        same_kind(bias, f"biases[{k}]", inputs, inputs_name)
+        if bias.dim() < 1 or bias.shape[-1] != width:
+            raise ValueError(f"biases[{k}]: expected shape [..., {width}], got {list(bias.shape)}")
+
+
+def step_rates(value: Any, name: str, steps: int, like: Tensor) -> Tensor:
+    """A rate ``[]`` or ``[steps]``, as a vector."""
+    _rate(value, name, like)
+    if value.dim() == 0:
+        return value.reshape(1)
+    if value.dim() != 1 or value.shape[0] != steps:
+        raise ValueError(f"{name}: expected shape [] or [{steps}], got {list(value.shape)}")
+    return value
+
+
+def rate_like(value: Any, name: str, shape: torch.Size, like: Tensor) -> None:
+    _rate(value, name, like)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+
+
+def _rate(value: Any, name: str, like: Tensor) -> None:
+    floating(value, name)
+    same_device(value, name, like, "inputs")

@@ -155,13 +155,22 @@ def constant(number: Any) -> Any:
 
 def stack(numbers: Sequence[Any], dim: int) -> Any:
     """``torch.stack`` of tensors, or of Dual numbers."""
+    return _joined(torch.stack, numbers, dim)
+
+
+def concatenate(numbers: Sequence[Any], dim: int) -> Any:
+    """``torch.cat`` of tensors, or of Dual numbers."""
+    return _joined(torch.cat, numbers, dim)
+
+
+def _joined(join: Callable[..., Tensor], numbers: Sequence[Any], dim: int) -> Any:
+    value = join([value_of(number) for number in numbers], dim)
     if all(isinstance(number, Tensor) for number in numbers):
-        return torch.stack(list(numbers), dim)
-    value = torch.stack([value_of(number) for number in numbers], dim)
+        return value
     tangents = [tangent_of(number) for number in numbers]
     if all(t is None for t in tangents):
         return Dual(value)
     parts = [
         torch.zeros_like(value_of(x)) if t is None else t for x, t in zip(numbers, tangents, strict=True)
     ]
-    return Dual(value, torch.stack(parts, dim))
+    return Dual(value, join(parts, dim))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metafast import _check
 from metafast._autodiff import differentiable
+from metafast._batching import register_rule
 from metafast._library import LIBRARY, operator
 
 UPDATE = operator("sgd_update")
@@ -217,16 +218,9 @@ def _fold(info: Any, in_dims: Any, *args: Any) -> Any:
     return UPDATE(*folded, rate), out_dims
 
 
-def _one_by_one(params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate: float) -> list[Tensor]:
-    """For ``torch.autograd.grad(is_grads_batched=True)``, whose older vmap makes no rule for lists."""
-    each: list[Any] = [*rates] or [rate] * len(params)
-    return [p - r * g for p, g, r in zip(params, grads, each, strict=True)]
-
-
 LIBRARY.impl(UPDATE, _update, "CompositeExplicitAutograd")
-LIBRARY.impl(UPDATE, _one_by_one, "Batched")
 differentiable(UPDATE, vjp=_update_vjp, jvp=_update_jvp)
-torch.library.register_vmap(UPDATE, _fold)
+register_rule(UPDATE, _fold)
 
 
 @torch.library.register_fake(UPDATE)

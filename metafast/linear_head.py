@@ -8,17 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metafast import _check, reference
+from metafast import _check
 from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks
-from metafast._dual import Dual, constant, stack, tangent_of, value_of
+from metafast._dual import Dual, constant, stack, tangent_of
+from metafast._inner_loss import LOSSES, loss_change, loss_gradient, target
 from metafast._library import call, fallback, operator
 
 HEAD = operator("linear_head")
 HEAD_VJP = operator("linear_head_vjp")
-
-#: The inner losses; the order is that of csrc/math/inner_loss.h.
-LOSSES = ("cross_entropy", "mse")
 
 Rate = float | Tensor | tuple[float | Tensor, float | Tensor | None]
 
@@ -134,8 +132,7 @@ def _run(
     first_order: bool,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    kind = _check.choice(loss, "loss", LOSSES)
     _check.features(support, name, "[..., n, d]")
     _check.features(query, "query", "[..., m, d]")
     _check.features(weight, "weight", "[C, d] or [..., C, d]")
@@ -194,7 +191,7 @@ def _run(
         None if bias_rates is None else _fold_shared(bias_rates, 2, lead),
         rate,
         steps,
-        LOSSES.index(loss),
+        kind,
         float(momentum),
         float(weight_decay),
         first_order,
@@ -283,7 +280,7 @@ class _Step(NamedTuple):
     """What a step of the loop leaves for the reverse sweep, tensors or Dual numbers."""
 
     weight: Any
-    probability: Any
+    logits: Any
     error: Any
     direction: Any
     bias_direction: Any
@@ -303,13 +300,6 @@ def _of_groups(value: Any, groups: int) -> Any:
     """The sum over the tasks of each group."""
     tasks, own = value.shape[0], tuple(value.shape[1:])
     return value if groups == tasks else value.reshape((groups, tasks // groups, *own)).sum(1)
-
-
-def _targets(labels: Any, classes: int, like: Any) -> Any:
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        member = reference.one_hot(labels, classes).to(value_of(like).dtype)
-        return member + reference.nan_where_invalid(labels, classes, member)
-    return labels
 
 
 def _rate(rates: Any, rate: float, step: int, tasks: int) -> Any:
@@ -333,10 +323,7 @@ def _adapt(
     first_order: bool,
 ) -> tuple[Any, Any, list[_Step], Any]:
     """The adapted weight and bias, the steps and the targets: the closed form, on tensors or Dual numbers."""
-    tasks, n, _ = support.shape
-    classes = weight.shape[1]
-    targets = _targets(labels, classes, support)
-    total = targets.sum(-1, keepdim=True)
+    tasks = support.shape[0]
     weight = _of_tasks(weight, tasks)
     bias = None if bias is None else _of_tasks(bias, tasks)
     tape: list[_Step] = []
@@ -348,11 +335,9 @@ def _adapt(
         logits = support @ weight.mT
         if bias is not None:
             logits = logits + bias.unsqueeze(-2)
-        if loss == LOSSES.index("mse"):
-            probability, error = logits, (logits - targets) * (2 / max(n * classes, 1))
-        else:
-            probability = logits.softmax(-1)
-            error = (total * probability - targets) / max(n, 1)
+        if not tape:
+            labels = target(labels, logits)
+        error = loss_gradient(logits, labels, loss)
         direction = error.mT @ support
         bias_direction = None if bias is None else error.sum(-2)
         if weight_decay:
@@ -364,11 +349,11 @@ def _adapt(
         if first_order:
             direction = constant(direction)
             bias_direction = None if bias is None else constant(bias_direction)
-        tape.append(_Step(weight, probability, error, direction, bias_direction, own_rate, own_bias_rate))
+        tape.append(_Step(weight, logits, error, direction, bias_direction, own_rate, own_bias_rate))
         weight = weight - own_rate * direction
         if bias is not None:
             bias = bias - own_bias_rate * bias_direction
-    return weight, bias, tape, targets
+    return weight, bias, tape, labels
 
 
 def _head(support: Any, labels: Any, query: Any, weight: Any, bias: Any, *rest: Any) -> tuple[Any, Any, Any]:
@@ -420,7 +405,6 @@ def _head_vjp(
         weight_decay,
         first_order,
     )
-    n, classes = support.shape[1], weight.shape[1]
     to_weight, to_bias, to_query = grad_weight, None if bias is None else grad_bias, None
     if grad_logits is not None:
         to_weight = _plus(to_weight, grad_logits.mT @ query)
@@ -431,7 +415,6 @@ def _head_vjp(
         to_weight = adapted * 0.0
     if bias is not None and to_bias is None:
         to_bias = to_weight.sum(-1) * 0.0
-    total = targets.sum(-1, keepdim=True)
     soft = not isinstance(labels, Tensor) or labels.is_floating_point()
     to_support = to_targets = along = bias_along = None
     to_rates: list[Any] = []
@@ -451,13 +434,8 @@ def _head_vjp(
             bias_along = _plus(-(step.bias_rate * to_bias), before)
             along_error = along_error + bias_along.unsqueeze(-2)
             to_bias = to_bias + weight_decay * bias_along
-        if loss == LOSSES.index("mse"):
-            curved = along_error * (2 / max(n * classes, 1))
-            to_targets = _plus(to_targets, -curved)
-        else:
-            rest = along_error - (step.probability * along_error).sum(-1, keepdim=True)
-            curved = total * step.probability * rest / max(n, 1)
-            to_targets = _plus(to_targets, -(rest / max(n, 1)))
+        curved, mixed = loss_change(step.logits, targets, along_error, loss)
+        to_targets = _plus(to_targets, -mixed)
         to_support = _plus(to_support, step.error @ along + curved @ step.weight)
         to_weight = to_weight + curved.mT @ support
         if bias is not None:

@@ -6,6 +6,7 @@ classes. These functions also run wherever an operator has no compiled kernel fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -259,3 +260,90 @@ def sgd_update(params: list[Tensor], grads: list[Tensor], lr: float | Tensor | l
     """``params_k - lr_k grads_k``."""
     rates: list[float | Tensor] = [*lr] if isinstance(lr, list) else [lr] * len(params)
     return [p - rate * g for p, g, rate in zip(params, grads, rates, strict=True)]
+
+
+def mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: str = "relu") -> Tensor:
+    """Outputs ``[..., rows, out]`` of layers with weights ``[..., out, in]`` and biases ``[..., out]``."""
+    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = x @ weight.mT + bias.unsqueeze(-2)
+        if k < len(weights) - 1:
+            x = x.relu() if activation == "relu" else x.tanh()
+    return x
+
+
+def mean_loss(outputs: Tensor, targets: Tensor, loss: str = "mse") -> Tensor:
+    """Mean squared error over rows and outputs, or cross-entropy of probabilities or class numbers over the rows."""
+    if loss == "mse":
+        return (outputs - targets).square().mean((-2, -1))
+    if not targets.is_floating_point():
+        classes = outputs.shape[-1]
+        targets = one_hot(targets, classes) + nan_where_invalid(targets, classes, outputs)
+    return -(targets * outputs.log_softmax(-1)).sum(-1).mean(-1)
+
+
+def adapt_mlp(
+    inputs: Tensor,
+    targets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lr: Any,
+    steps: int,
+    *,
+    activation: str = "relu",
+    loss: str = "mse",
+    first_order: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases for every task after ``steps`` steps of gradient descent on the loss of its rows."""
+    layers = len(weights)
+    lead = torch.broadcast_shapes(
+        inputs.shape[:-2],
+        targets.shape[: -2 if targets.is_floating_point() else -1],
+        *(w.shape[:-2] for w in weights),
+        *(b.shape[:-1] for b in biases),
+    )
+    parameters = tuple(w.expand(*lead, *w.shape[-2:]) for w in weights)
+    parameters += tuple(b.expand(*lead, b.shape[-1]) for b in biases)
+
+    def total(parameters: tuple[Tensor, ...]) -> Tensor:
+        out = mlp(inputs, parameters[:layers], parameters[layers:], activation)
+        return mean_loss(out, targets, loss).sum()
+
+    for t in range(steps):
+        gradients = torch.func.grad(total)(parameters)
+        if first_order:
+            gradients = tuple(g.detach() for g in gradients)
+        if isinstance(lr, (list, tuple)) and isinstance(lr[0], (list, tuple)):
+            rates = [*lr[0], *lr[1]]
+        else:
+            rates = [*lr, *lr] if isinstance(lr, (list, tuple)) else [lr] * (2 * layers)
+            rates = [r[t] if isinstance(r, Tensor) and r.dim() == 1 else r for r in rates]
+        parameters = tuple(p - r * g for p, r, g in zip(parameters, rates, gradients, strict=True))
+    return list(parameters[:layers]), list(parameters[layers:])
+
+
+def adapted_mlp(
+    inputs: Tensor,
+    targets: Tensor,
+    query: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lr: Any,
+    steps: int,
+    *,
+    activation: str = "relu",
+    loss: str = "mse",
+    first_order: bool = False,
+) -> Tensor:
+    """Outputs of the adapted MLP for the query rows."""
+    adapted = adapt_mlp(
+        inputs,
+        targets,
+        weights,
+        biases,
+        lr,
+        steps,
+        activation=activation,
+        loss=loss,
+        first_order=first_order,
+    )
+    return mlp(query, *adapted, activation)

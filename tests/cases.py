@@ -25,7 +25,7 @@ ODD = {"n": 5, "m": 7, "d": 33, "C": 3}
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor argument: the names of its sizes after the leading dimensions, and what its entries are."""
+    """One tensor argument: the names of its sizes (or these) after the leading dimensions, and what its entries are."""
 
     shape: str
     kind: str = "features"  # or "positive", or "labels" (class numbers)
@@ -43,7 +43,8 @@ class Input:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         sizes = {"K": STEPS, **sizes}
-        shape = (*(lead if self.per_task else ()), *(sizes[name] for name in self.shape.split()))
+        own = (int(name) if name.isdigit() else sizes[name] for name in self.shape.split())
+        shape = (*(lead if self.per_task else ()), *own)
         if self.kind == "labels":
             return shuffled_labels(shape, sizes["C"]).to(device)
         if self.kind == "positive":
@@ -343,6 +344,91 @@ def _update(name: str, rates: Mapping[str, Input], rate: float | None = None) ->
     )
 
 
+def _adapted(
+    name: str,
+    inputs: Mapping[str, Input],
+    arguments: Callable[..., tuple[Any, Any, Any]],
+    unit_rows: bool = False,
+    **options: Any,
+) -> Case:
+    """Two steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
+
+    Rows, or initial weights and rates, shrink with the number of inputs, so that steps converge for any.
+    """
+
+    def function(module: Any) -> Callable[..., Any]:
+        def of(x: Tensor, y: Tensor, query: Tensor, *rest: Any) -> Any:
+            if unit_rows:
+                x, query = x * _fan(x) ** 0.5, query * _fan(x) ** 0.5
+            return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), 2, **options)
+
+        return of
+
+    data = {"inputs": Input("n d"), "targets": inputs["targets"], "query": Input("m d")}
+    return Case(
+        f"adapted_mlp-{name}",
+        function(metafast),
+        function(reference),
+        {**data, **{k: v for k, v in inputs.items() if k != "targets"}},
+        kernels_only=False,
+        promotes=True,
+        cuda=False,
+        emulated=False,
+    )
+
+
+def _fan(x: Tensor) -> float:
+    return 1 / (1 + x.shape[-1])
+
+
+_MLPS = (
+    _adapted(
+        "relu-mse",
+        {
+            "targets": Input("n C"),
+            "weight": Input("3 d", per_task=False),
+            "bias": Input("3", per_task=False),
+            "top": Input("C 3", per_task=False),
+        },
+        lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.3),
+        unit_rows=True,
+    ),
+    _adapted(
+        "tanh-cross_entropy-rate",
+        {
+            "targets": Input("n", "labels"),
+            "weight": Input("3 d"),
+            "top": Input("C 3"),
+            "rate": Input("", "positive", per_task=False),
+        },
+        lambda x, weight, top, rate: (
+            [weight * _fan(x) ** 0.5, top],
+            [weight.mean(-1) if x.shape[-1] else weight.sum(-1), top.sum(-1)],
+            rate * 0.5 * _fan(x),
+        ),
+        activation="tanh",
+        loss="cross_entropy",
+    ),
+    _adapted(
+        "tanh-soft-rates",
+        {
+            "targets": Input("n C", "positive"),
+            "top": Input("C 3", per_task=False),
+            "rates": Input("C", "positive", per_task=False),
+        },
+        lambda x, top, rates: (
+            [x.new_ones(3, x.shape[-1]).cumsum(0).cos() * _fan(x) ** 0.5, top],
+            [top.sum(0), top.sum(-1)],
+            (
+                [x.new_ones(3, x.shape[-1]) * 0.3 * _fan(x), rates.unsqueeze(-1) * top.square() * 0.1],
+                [x.new_ones(3) * 0.1, 0.1 * rates],
+            ),
+        ),
+        activation="tanh",
+        loss="cross_entropy",
+    ),
+)
+
 _SHARED_TEMPERATURE = Input("", "positive", per_task=False)
 _TASK_TEMPERATURE = Input("", "positive")
 
@@ -430,4 +516,5 @@ CASES = (
     _update("shared", {"lr": Input("", "positive", per_task=False)}),
     _update("layers", {k: Input("", "positive", per_task=False) for k in ("weight_lr", "bias_lr")}),
     _update("elements", {"weight_lr": Input("n d"), "bias_lr": Input("m")}),
+    *_MLPS,
 )

@@ -90,7 +90,8 @@ class TestReference:
         sizes = {"n": 3, "m": 3, "d": 4, "C": 3}
         inputs = case.make((2,), sizes, device=device)
         names = list(case.inputs)
-        floats = [k for k in case.differentiable if case.inputs[names[k]].shape.endswith("d")]
+        rows = ("n d", "m d")
+        floats = [k for k in case.differentiable if case.inputs[names[k]].shape in rows]
         if "support_labels" in names:
             # With one row a class, a query row can equal a prototype.
             inputs[names.index("support_labels")] = torch.arange(3, device=device).repeat(2, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import inner_update, linear_head, prototype, ridge
+from metafast import inner_update, linear_head, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from tests.cases import (
     CASES,
@@ -44,6 +44,8 @@ OPERATORS = (
     linear_head.HEAD_VJP,
     ridge.RIDGE,
     ridge.RIDGE_VJP,
+    mlp.LOOP,
+    mlp.LOOP_VJP,
 )
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -192,7 +194,7 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
-from metafast import linear_head, prototype, ridge
+from metafast import linear_head, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 
 bare = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -200,6 +202,7 @@ x, labels = torch.zeros(1, 2, 3), torch.tensor([[0, 1]])
 loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
 one = torch.ones(1)
+net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False
 calls = {
     DISTANCE: (x, x, 0),
     DISTANCE_VJP: (square, x, x, 0),
@@ -214,6 +217,8 @@ calls = {
     ),
     ridge.RIDGE: (x, labels, x, one, None, None, 1.0, 1.0, 0.0, 2),
     ridge.RIDGE_VJP: (square, x, labels, x, one, None, 1.0, 1.0, x, square, square),
+    mlp.LOOP: (x, x, x, *net),
+    mlp.LOOP_VJP: (x, None, x, x, x, *net, x, True),
 }
 warnings.simplefilter("always")
 for op, arguments in calls.items():

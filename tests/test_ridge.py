@@ -15,6 +15,8 @@ from metafast import reference
 from metafast.ridge import RIDGE, RIDGE_VJP
 from tests.cases import assert_same, cotangents, gradients
 
+pytestmark = pytest.mark.cpu_only
+
 T, N, M, D, C = 2, 4, 3, 5, 2
 LABELS = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]])
 

@@ -17,6 +17,16 @@ import metafast  # noqa: F401  (defines the operators)
 
 #: Operators without a kernel on any GPU.
 CPU_ONLY = {"vector_bits", "keep_pages", "build_info"}
+#: Operators whose kernels for GPUs are still to come, and one that torch's own do the work of.
+WITHOUT_CUDA = {
+    "linear_head",
+    "linear_head_vjp",
+    "ridge_logits",
+    "ridge_logits_vjp",
+    "mlp_loop",
+    "mlp_loop_vjp",
+    "sgd_update",
+}
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _SCHEMAS = torch.library.Library("metafast_simt", "DEF")
@@ -46,7 +56,7 @@ def _schemas() -> dict[str, str]:
     found = {}
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
-        if namespace == "metafast" and name not in CPU_ONLY:
+        if namespace == "metafast" and name not in CPU_ONLY | WITHOUT_CUDA:
             found[name] = str(schema).removeprefix("metafast::")
     for schema in found.values():
         _SCHEMAS.define(schema)

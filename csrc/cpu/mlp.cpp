@@ -1,0 +1,434 @@
+// The inner loop of an MLP and its reverse sweep on the CPU: one thread for each task.
+#include "cpu/mlp.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/distance.h"
+
+#define METAFAST_KERNELS "cpu/mlp_kernels.h"
+#include "cpu/for_each_isa.h"
+
+namespace metafast {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// The checked arguments that both operators share, and the layout of the blocks.
+struct MlpArguments {
+  const Tensor& inputs;
+  const Tensor& targets;
+  const std::optional<Tensor>& query;
+  const Tensors& weights;
+  const Tensors& biases;
+  const Tensors& rates;
+  int64_t tasks;
+  int64_t groups = 1;
+  int64_t rate_groups = 1;
+  int64_t packed = 0;  // numbers of a task's parameters
+  std::vector<int64_t> width, weight, bias, column;
+  MlpPlan plan{};
+
+  MlpArguments(const Tensor& inputs_, const Tensor& targets_, const std::optional<Tensor>& query_,
+               const Tensors& weights_, const Tensors& biases_, const Tensors& rates_, int64_t steps,
+               int64_t activation, int64_t loss, bool first_order)
+      : inputs(inputs_), targets(targets_), query(query_), weights(weights_), biases(biases_), rates(rates_), tasks(0) {
+    check_cpu(inputs, "inputs");
+    check_dim(inputs, "inputs", 3, "[T, n, in]");
+    tasks = inputs.size(0);
+    const int64_t layers = static_cast<int64_t>(weights.size()), n = inputs.size(1);
+    if (layers == 0 || biases.size() != weights.size()) fail("weights: expected at least one, and a bias for each");
+    if (steps < 0) fail("steps: expected 0 or more, got ", steps);
+    if (activation < 0 || activation > 1) fail("activation: expected 0 or 1, got ", activation);
+    if (loss < 0 || loss > 1) fail("loss: expected 0 or 1, got ", loss);
+    const bool shared = weights[0].dim() == 2;
+    if (!shared) groups = weights[0].size(0);
+    check_groups(groups, "weights");
+    width.push_back(inputs.size(2));
+    int64_t parameters = 0, columns = 0;
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t in = width[l], out = biases[l].size(-1);
+      check_parameter(weights[l], "weights", groups, shared, {out, in});
+      check_parameter(biases[l], "biases", groups, shared, {out});
+      width.push_back(out);
+      weight.push_back(parameters);
+      bias.push_back(parameters + (l == 0 ? in * padded(out) : out * padded(in)));
+      parameters = bias.back() + padded(out);
+      column.push_back(columns);
+      columns += padded(out);
+      packed += out * (in + 1);
+    }
+    if (query) {
+      check_like(*query, "query", inputs, "inputs");
+      check_dim(*query, "query", 3, "[T, m, in]");
+      check_shape(*query, "query", {tasks, query->size(1), width[0]});
+    }
+    if (targets.scalar_type() == ScalarType::Long) {
+      check_labels(targets, "targets", inputs);
+      check_shape(targets, "targets", {tasks, n});
+      if (loss != static_cast<int64_t>(InnerLoss::cross_entropy)) fail("targets: class numbers need cross_entropy");
+    } else {
+      check_like(targets, "targets", inputs, "inputs");
+      check_shape(targets, "targets", {tasks, n, width.back()});
+    }
+    check_rates(layers, steps);
+    plan = {layers,
+            n,
+            query ? query->size(1) : 0,
+            steps,
+            width.data(),
+            weight.data(),
+            bias.data(),
+            column.data(),
+            parameters,
+            columns,
+            static_cast<Activation>(activation),
+            static_cast<InnerLoss>(loss),
+            first_order};
+  }
+  MlpArguments(const MlpArguments&) = delete;
+
+  bool rate_for_each() const { return rates.size() == 2 * weights.size(); }
+  bool labelled() const { return targets.scalar_type() == ScalarType::Long; }
+  int64_t group(int64_t t) const { return t / (tasks / groups); }
+  int64_t rate_group(int64_t t) const { return t / (tasks / rate_groups); }
+
+  // About the multiply-adds of a task, forward or backward.
+  int64_t work(bool backward) const {
+    return plan.parameters * (plan.steps * plan.rows * (backward ? 6 : 3) + plan.query_rows * (backward ? 2 : 1) + 1);
+  }
+
+ private:
+  void check_groups(int64_t count, const char* name) const {
+    if (count < 0 || (count == 0 ? tasks != 0 : tasks % count != 0)) {
+      fail(name, ": expected a leading dimension that divides ", tasks, ", got ", count);
+    }
+  }
+
+  void check_parameter(const Tensor& tensor, const char* name, int64_t count, bool shared,
+                       std::initializer_list<int64_t> own) const {
+    check_like(tensor, name, inputs, "inputs");
+    std::vector<int64_t> shape(own);
+    if (!shared) shape.insert(shape.begin(), count);
+    bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+    for (int64_t k = 0; same && k < tensor.dim(); ++k) same = tensor.size(k) == shape[k];
+    if (!same) fail(name, ": shapes do not fit those of the layers before, got ", shape_text(tensor));
+  }
+
+  void check_rates(int64_t layers, int64_t steps) {
+    if (rates.empty()) return;
+    const int64_t count = static_cast<int64_t>(rates.size());
+    if (count != 1 && count != layers && count != 2 * layers) {
+      fail("rates: expected none, one, one for each layer or one for each parameter, got ", count);
+    }
+    const bool shared = rates[0].dim() == (rate_for_each() ? 2 : 1);
+    if (!shared) rate_groups = rates[0].size(0);
+    check_groups(rate_groups, "rates");
+    for (int64_t k = 0; k < count; ++k) {
+      if (rate_for_each()) {
+        const int64_t l = k % layers;
+        if (k < layers) {
+          check_parameter(rates[k], "rates", rate_groups, shared, {width[l + 1], width[l]});
+        } else {
+          check_parameter(rates[k], "rates", rate_groups, shared, {width[l + 1]});
+        }
+      } else {
+        const int64_t size = rates[k].size(-1);
+        check_parameter(rates[k], "rates", rate_groups, shared, {size});
+        if (size != 1 && size != steps) fail("rates: expected 1 or ", steps, " numbers, got ", size);
+      }
+    }
+  }
+};
+
+// Group g of a tensor with or without a leading dimension; a vector is one row.
+template <class A>
+Matrix<A> matrix_of(const Tensor& tensor, int64_t own, int64_t g) {
+  const int64_t lead = tensor.dim() - own;
+  const A* data = tensor.const_data_ptr<A>() + (lead ? g * tensor.stride(0) : 0);
+  return {data, own == 2 ? tensor.stride(lead) : 0, tensor.stride(tensor.dim() - 1)};
+}
+
+// A block of parameters, pads zero, from tensors of each layer.
+template <class A>
+void pack(const MlpPlan& plan, const Tensor* weights, const Tensor* biases, int64_t g, A* block) {
+  std::fill_n(block, plan.parameters, A(0));
+  for (int64_t l = 0; l < plan.layers; ++l) {
+    const int64_t in = plan.width[l], out = plan.width[l + 1];
+    const Matrix<A> weight = matrix_of<A>(weights[l], 2, g), bias = matrix_of<A>(biases[l], 1, g);
+    A* to = block + plan.weight[l];
+    const int64_t row = l == 0 ? 1 : padded(in), column = l == 0 ? padded(out) : 1;
+    for (int64_t o = 0; o < out; ++o) {
+      for (int64_t k = 0; k < in; ++k) to[o * row + k * column] = weight.data[o * weight.row + k * weight.column];
+    }
+    for (int64_t o = 0; o < out; ++o) block[plan.bias[l] + o] = bias.data[o * bias.column];
+  }
+}
+
+// Visits the elements of a block in the order of the packed parameters: layer by layer, weight [out, in] and bias.
+template <class Element, class Visit>
+void for_each_parameter(const MlpPlan& plan, Element* block, const Visit& visit) {
+  for (int64_t l = 0; l < plan.layers; ++l) {
+    const int64_t in = plan.width[l], out = plan.width[l + 1];
+    Element* from = block + plan.weight[l];
+    const int64_t row = l == 0 ? 1 : padded(in), column = l == 0 ? padded(out) : 1;
+    for (int64_t o = 0; o < out; ++o) {
+      for (int64_t k = 0; k < in; ++k) visit(from[o * row + k * column]);
+    }
+    for (int64_t o = 0; o < out; ++o) visit(block[plan.bias[l] + o]);
+  }
+}
+
+// The initial parameters of every group and the rates of every group of rates, as the kernels want them.
+template <class A>
+struct MlpBlocks {
+  const MlpArguments& arguments;
+  Scratch<A> initial;      // [G, block]
+  Scratch<A> step_rates;   // [rate groups, steps, layers]
+  Scratch<A> block_rates;  // [rate groups, block]
+  Tensor labels;
+
+  MlpBlocks(const MlpArguments& from, double rate)
+      : arguments(from),
+        initial(from.groups * from.plan.parameters),
+        step_rates(from.rate_groups * from.plan.steps * from.plan.layers),
+        block_rates(from.rate_for_each() ? from.rate_groups * from.plan.parameters : 0),
+        labels(from.targets) {
+    const MlpPlan& plan = from.plan;
+    for (int64_t g = 0; g < from.groups; ++g) {
+      pack<A>(plan, from.weights.data(), from.biases.data(), g, initial.get() + g * plan.parameters);
+    }
+    for (int64_t g = 0; g < from.rate_groups; ++g) {
+      if (from.rate_for_each()) {
+        pack<A>(plan, from.rates.data(), from.rates.data() + plan.layers, g, block_rates.get() + g * plan.parameters);
+        continue;
+      }
+      for (int64_t t = 0; t < plan.steps; ++t) {
+        for (int64_t l = 0; l < plan.layers; ++l) {
+          A value = static_cast<A>(rate);
+          if (!from.rates.empty()) {
+            const Tensor& own = from.rates[from.rates.size() == 1 ? 0 : l];
+            const Matrix<A> row = matrix_of<A>(own, 1, g);
+            value = row.data[own.size(-1) == 1 ? 0 : t * row.column];
+          }
+          step_rates.get()[(g * plan.steps + t) * plan.layers + l] = value;
+        }
+      }
+    }
+    if (from.labelled()) {
+      if (!labels.is_contiguous()) labels = torch::stable::contiguous(labels);
+      const int64_t* const begin = labels.const_data_ptr<int64_t>();
+      const int64_t* const end = begin + from.tasks * plan.rows;
+      const int64_t classes = from.width.back();
+      const int64_t* const bad = std::find_if(begin, end, [&](int64_t y) { return y < 0 || y >= classes; });
+      if (bad != end) fail("targets: expected class numbers from 0 to ", classes - 1, ", got ", *bad);
+    }
+  }
+
+  MlpTask<A> task(int64_t t, A* tape) const {
+    const MlpPlan& plan = arguments.plan;
+    const int64_t g = arguments.rate_group(t);
+    MlpTask<A> own{};
+    own.inputs = matrix_of<A>(arguments.inputs, 2, t);
+    if (arguments.labelled()) {
+      own.labels = labels.const_data_ptr<int64_t>() + t * plan.rows;
+    } else {
+      own.targets = matrix_of<A>(arguments.targets, 2, t);
+    }
+    if (arguments.query) own.query = matrix_of<A>(*arguments.query, 2, t);
+    own.initial = initial.get() + arguments.group(t) * plan.parameters;
+    if (arguments.rate_for_each()) {
+      own.block_rates = block_rates.get() + g * plan.parameters;
+    } else {
+      own.step_rates = step_rates.get() + g * plan.steps * plan.layers;
+    }
+    own.tape = tape + t * plan.tape();
+    return own;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> mlp_loop(const Tensor& inputs, const Tensor& targets,
+                                            const std::optional<Tensor>& query, const Tensors& weights,
+                                            const Tensors& biases, const Tensors& rates, double rate, int64_t steps,
+                                            int64_t activation, int64_t loss, bool first_order) {
+  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
+  const MlpPlan& plan = arguments.plan;
+  const int64_t T = arguments.tasks, m = plan.query_rows, C = arguments.width.back(), P = arguments.packed;
+  Tensor outputs = empty(inputs, {T, m, C}), parameters = empty(inputs, {T, query ? 0 : P});
+  Tensor tape = empty(inputs, {T, plan.tape()});
+  dispatch_full(inputs.scalar_type(), "inputs", [&](auto dtype) {
+    using A = typename decltype(dtype)::type;
+    const MlpBlocks<A> blocks(arguments, rate);
+    auto* kernel = METAFAST_KERNEL(mlp_adapt<A>);
+    A* tapes = tape.template mutable_data_ptr<A>();
+    A* to_outputs = outputs.template mutable_data_ptr<A>();
+    A* to_parameters = parameters.template mutable_data_ptr<A>();
+    parallel(T, arguments.work(false), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const MlpTask<A> task = blocks.task(t, tapes);
+        kernel(plan, task);
+        const A* top = task.tape + steps * plan.step() + m * plan.column[plan.layers - 1];
+        for (int64_t i = 0; i < m; ++i) std::copy_n(top + i * padded(C), C, to_outputs + (t * m + i) * C);
+        if (query) continue;
+        A* to = to_parameters + t * P;
+        const A* adapted = steps == 0 ? task.initial : task.tape + steps * plan.step() - plan.parameters;
+        for_each_parameter(plan, adapted, [&](const A& value) { *to++ = value; });
+      }
+    });
+  });
+  return {outputs, parameters, tape};
+}
+
+Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optional<Tensor>& grad_parameters,
+                     const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& query,
+                     const Tensors& weights, const Tensors& biases, const Tensors& rates, double rate, int64_t steps,
+                     int64_t activation, int64_t loss, bool first_order, const Tensor& tape_any, bool data) {
+  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
+  const MlpPlan& plan = arguments.plan;
+  const int64_t T = arguments.tasks, n = plan.rows, m = plan.query_rows, P = arguments.packed;
+  const int64_t in = arguments.width[0], C = arguments.width.back();
+  check_like(tape_any, "tape", inputs, "inputs");
+  check_shape(tape_any, "tape", {T, plan.tape()});
+  if (grad_outputs) {
+    check_like(*grad_outputs, "grad_outputs", inputs, "inputs");
+    check_shape(*grad_outputs, "grad_outputs", {T, m, C});
+  }
+  if (grad_parameters) {
+    check_like(*grad_parameters, "grad_parameters", inputs, "inputs");
+    check_shape(*grad_parameters, "grad_parameters", {T, query ? 0 : P});
+  }
+  const Tensor tape = tape_any.is_contiguous() ? tape_any : torch::stable::contiguous(tape_any);
+  const bool soft = data && !arguments.labelled();
+  Tensors gradients{data ? empty(inputs, {T, n, in}) : empty(inputs, {0}),
+                    soft ? empty(inputs, {T, n, C}) : empty(inputs, {0}),
+                    data && query ? empty(inputs, {T, m, in}) : empty(inputs, {0})};
+  for (const Tensors* list : {&weights, &biases, &rates}) {
+    for (const Tensor& tensor : *list) {
+      switch (tensor.dim()) {
+        case 1:
+          gradients.push_back(empty(inputs, {tensor.size(0)}));
+          break;
+        case 2:
+          gradients.push_back(empty(inputs, {tensor.size(0), tensor.size(1)}));
+          break;
+        default:
+          gradients.push_back(empty(inputs, {tensor.size(0), tensor.size(1), tensor.size(2)}));
+      }
+    }
+  }
+  dispatch_full(inputs.scalar_type(), "inputs", [&](auto dtype) {
+    using A = typename decltype(dtype)::type;
+    const MlpBlocks<A> blocks(arguments, rate);
+    auto* kernel = METAFAST_KERNEL(mlp_adapt_vjp<A>);
+    auto* add_up = METAFAST_KERNEL(sum_blocks<A>);
+    const int64_t block = plan.parameters, table = plan.steps * plan.layers;
+    const bool each = arguments.rate_for_each(), any_rate = !rates.empty();
+    const Scratch<A> lam(T * block);
+    const Scratch<A> to_block_rates(each ? T * block : 0), to_step_rates(any_rate && !each ? T * table : 0);
+    // The kernel only reads it.
+    A* tapes = const_cast<A*>(tape.template const_data_ptr<A>());
+    const auto values = [&](int64_t k, bool wanted) {
+      return wanted ? gradients[k].template mutable_data_ptr<A>() : nullptr;
+    };
+    A* const to_inputs = values(0, data);
+    A* const to_targets = values(1, soft);
+    A* const to_query = values(2, data && query);
+    const bool upstream = grad_outputs && m * C > 0;
+    const int64_t work = arguments.work(true);
+    parallel(T, work, [&](int64_t begin, int64_t end) {
+      const Scratch<A> scratch(2 * block + (3 * n + std::max(n, m)) * plan.columns);
+      for (int64_t t = begin; t < end; ++t) {
+        MlpGradients<A> own{};
+        own.parameters = lam.get() + t * block;
+        if (upstream) {
+          own.outputs = matrix_of<A>(*grad_outputs, 2, t);
+        } else {
+          std::fill_n(own.parameters, block, A(0));
+        }
+        if (grad_parameters && !query) {
+          const Matrix<A> from = matrix_of<A>(*grad_parameters, 1, t);
+          int64_t k = 0;
+          for_each_parameter(plan, own.parameters, [&](A& value) { value = from.data[k++ * from.column]; });
+        }
+        if (to_inputs) std::fill_n(own.inputs = to_inputs + t * n * in, n * in, A(0));
+        if (to_targets) std::fill_n(own.targets = to_targets + t * n * C, n * C, A(0));
+        if (to_query) {
+          own.query = to_query + t * m * in;
+          if (!upstream) std::fill_n(own.query, m * in, A(0));
+        }
+        if (each) std::fill_n(own.block_rates = to_block_rates.get() + t * block, block, A(0));
+        if (any_rate && !each) own.step_rates = to_step_rates.get() + t * table;
+        own.scratch = scratch.get();
+        kernel(plan, blocks.task(t, tapes), own);
+      }
+    });
+    // Each group's sum over its tasks, in their order, into the block of its first.
+    const auto add_groups = [&](const Scratch<A>& of_tasks, int64_t size, int64_t groups) {
+      if (groups == 0 || groups == T || T == 0) return;
+      constexpr int64_t kChunk = 1024;
+      const int64_t count = T / groups, chunks = (size + kChunk - 1) / kChunk;
+      parallel(groups * chunks, count * kChunk, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          const int64_t first = k % chunks * kChunk;
+          A* own = of_tasks.get() + k / chunks * count * size;
+          add_up(own, size, count, first, std::min(first + kChunk, size));
+        }
+      });
+    };
+    const auto write_block = [&](const Scratch<A>& of_tasks, int64_t groups, int64_t at) {
+      add_groups(of_tasks, block, groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t l = 0; l < plan.layers; ++l) {
+          const int64_t fan_in = plan.width[l], out = plan.width[l + 1];
+          A* to_weight = gradients[at + l].template mutable_data_ptr<A>() + g * out * fan_in;
+          A* to_bias = gradients[at + plan.layers + l].template mutable_data_ptr<A>() + g * out;
+          if (T == 0) {
+            std::fill_n(to_weight, out * fan_in, A(0));
+            std::fill_n(to_bias, out, A(0));
+            continue;
+          }
+          const A* own = of_tasks.get() + g * (T / groups) * block;
+          const int64_t row = l == 0 ? 1 : padded(fan_in), column = l == 0 ? padded(out) : 1;
+          for (int64_t o = 0; o < out; ++o) {
+            for (int64_t k = 0; k < fan_in; ++k) *to_weight++ = own[plan.weight[l] + o * row + k * column];
+          }
+          std::copy_n(own + plan.bias[l], out, to_bias);
+        }
+      }
+    };
+    write_block(lam, arguments.groups, 3);
+    const int64_t first_rate = 3 + 2 * plan.layers;
+    if (each) write_block(to_block_rates, arguments.rate_groups, first_rate);
+    if (!any_rate || each) return;
+    add_groups(to_step_rates, table, arguments.rate_groups);
+    for (size_t k = 0; k < rates.size(); ++k) {
+      A* to = gradients[first_rate + k].template mutable_data_ptr<A>();
+      const int64_t size = rates[k].size(-1);
+      std::fill_n(to, arguments.rate_groups * size, A(0));
+      for (int64_t g = 0; T > 0 && g < arguments.rate_groups; ++g) {
+        const A* own = to_step_rates.get() + g * (T / arguments.rate_groups) * table;
+        for (int64_t t = 0; t < steps; ++t) {
+          A& sum = to[g * size + (size == 1 ? 0 : t)];
+          for (int64_t l = 0; l < plan.layers; ++l) {
+            if (rates.size() == 1 || l == static_cast<int64_t>(k)) sum += own[t * plan.layers + l];
+          }
+        }
+      }
+    }
+  });
+  return gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(metafast, CPU, m) {
+  m.impl("mlp_loop", TORCH_BOX(&mlp_loop));
+  m.impl("mlp_loop_vjp", TORCH_BOX(&mlp_loop_vjp));
+}
+
+}  // namespace metafast
