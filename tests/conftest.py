@@ -34,9 +34,10 @@ def _wanted(item: pytest.Item) -> bool:
     if item.get_closest_marker("cpu_only") and devices - {"cpu"}:
         return False
     case = parameters.get("case")
-    if isinstance(case, Case):
-        if ("cuda" in devices and not case.cuda) or ("emulated" in devices and not case.emulated):
-            return False
+    if isinstance(case, Case) and (
+        ("cuda" in devices and not case.cuda) or ("emulated" in devices and not case.emulated)
+    ):
+        return False
     return simt.kind() == "plain" or item.get_closest_marker("emulated") is not None
 
 
