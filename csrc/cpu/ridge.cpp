@@ -142,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
     using A = typename decltype(dtype)::type;
     auto* solve = METAFAST_KERNEL(cholesky_solve<A>);
     auto* combine = METAFAST_KERNEL(combine_rows<A, 1>);
+    auto* combine_two = METAFAST_KERNEL(combine_rows<A, 2>);
     auto* products = METAFAST_KERNEL(row_products<A>);
     const auto rows_support = input_rows<A>(support), rows_query = input_rows<A>(query);
     const auto rows_grad_support = output_rows<A>(grad_support), rows_grad_query = output_rows<A>(grad_query);
@@ -152,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
     A *to_regularisation = grad_regularisation.template mutable_data_ptr<A>(),
       *to_scale = grad_scale.template mutable_data_ptr<A>(), *to_offset = grad_offset.template mutable_data_ptr<A>();
     const int64_t classes = padded(C);
-    // The gradient of the weight before its scale, then without what the solution takes back; and that of the solution.
+    // The gradient of the weight before its scale, then without what the solution takes back; and minus the solution's.
     const PerRow<A> slopes(T, C * d), u(T, n * classes);
     const Chunks chunks(T, d, 1);
     const auto queries = [&](int64_t t, int64_t chunk) {
@@ -183,8 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
       if (regularisation) to_regularisation[t] = static_cast<A>(regularisation_sum);
       if (scale) to_scale[t] = static_cast<A>(scale_sum);
       to_offset[t] = static_cast<A>(offset_sum);
-      if (!soft) return;
-      for (int64_t i = 0; i < n; ++i) std::copy_n(b + i * classes, C, to_labels + (t * n + i) * C);
+      for (int64_t i = 0; soft && i < n; ++i) std::copy_n(b + i * classes, C, to_labels + (t * n + i) * C);
+      for (int64_t k = 0; k < n * classes; ++k) b[k] = -b[k];
     };
     const auto supports = [&](int64_t t, int64_t chunk) {
       const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
@@ -192,11 +193,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
       const Scratch<A> scale_of(C);
       std::fill_n(scale_of.get(), C, scales[t]);
       const Terms<A> of_slope[1] = {{u.of(t), 1, classes, rows_support.row(t, 0), rows_support.row_stride, n}};
-      combine(of_slope, A(-1), slope, d, scale_of.get(), slope, d, C, first, last);
-      const Terms<A> of_alpha[1] = {{alphas + t * n * C, C, 1, slope, d, C}};
-      combine(of_alpha, A(1), nullptr, 0, nullptr, to, d, n, first, last);
-      const Terms<A> of_solution[1] = {{u.of(t), classes, 1, weights + t * C * d, d, C}};
-      combine(of_solution, A(-1), to, d, nullptr, to, d, n, first, last);
+      combine(of_slope, A(1), slope, d, scale_of.get(), slope, d, C, first, last);
+      const Terms<A> of_support[2] = {{alphas + t * n * C, C, 1, slope, d, C},
+                                      {u.of(t), classes, 1, weights + t * C * d, d, C}};
+      combine_two(of_support, A(1), nullptr, 0, nullptr, to, d, n, first, last);
     };
     parallel_stages(T, Stage{chunks.count, 2 * m * C * chunks.size, queries}, Stage{1, n * C * (d + 2 * n), solutions},
                     Stage{chunks.count, 3 * n * C * chunks.size, supports});
