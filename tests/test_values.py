@@ -184,6 +184,13 @@ def rows_apart(t: Tensor) -> Tensor:
     return larger[:, 1].copy_(t)
 
 
+def rows_of_whole_vectors(t: Tensor) -> Tensor:
+    """Rows that 16-byte loads can read, with what must not be read behind them."""
+    width = (t.shape[-1] + 7) // 8 * 8
+    larger = torch.full((*t.shape[:-1], width), torch.nan if t.is_floating_point() else -1).to(t)
+    return larger[..., : t.shape[-1]].copy_(t)
+
+
 def one_task(t: Tensor) -> Tensor:
     return t[:1].expand_as(t)
 
@@ -209,6 +216,7 @@ def negative_view(t: Tensor) -> Tensor:
         columns_first,
         every_second,
         rows_apart,
+        rows_of_whole_vectors,
         one_task,
         one_row,
         one_number,
@@ -232,7 +240,15 @@ def test_upstream_gradients_of_any_layout(case: Case, device: torch.device) -> N
     inputs = case.make((3,), ODD, torch.float32, device, requires_grad=True)
     out = outputs(case.function(*inputs, 3))
     floats = [t for t in inputs if t.requires_grad]
-    for layout in (inside_a_larger_tensor, columns_first, every_second, one_task, one_number, negative_view):
+    for layout in (
+        inside_a_larger_tensor,
+        rows_of_whole_vectors,
+        columns_first,
+        every_second,
+        one_task,
+        one_number,
+        negative_view,
+    ):
         strided = [layout(torch.randn_like(o)) for o in out]
         dense = [t.clone(memory_format=torch.contiguous_format) for t in strided]
         actual = torch.autograd.grad(out, floats, strided, retain_graph=True)
