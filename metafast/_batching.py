@@ -12,6 +12,20 @@ from torch._C._functorch import is_legacy_batchedtensor
 from metafast._library import LIBRARY
 
 
+def of_tasks(value: Any, tasks: int) -> Any:
+    """``[G, ...]`` as ``[T, ...]``, a tensor or a Dual number: each group's value for its T / G consecutive tasks."""
+    groups, own = value.shape[0], tuple(value.shape[1:])
+    if groups == tasks:
+        return value
+    return value.unsqueeze(1).expand((groups, tasks // groups, *own)).reshape((tasks, *own))
+
+
+def of_groups(value: Any, groups: int) -> Any:
+    """The adjoint of :func:`of_tasks`: the sum over the tasks of each group."""
+    tasks, own = value.shape[0], tuple(value.shape[1:])
+    return value if groups == tasks else value.reshape((groups, tasks // groups, *own)).sum(1)
+
+
 def fold_into_tasks(op: torch._ops.OpOverload) -> None:
     """Give ``op``, whose tensors all begin with the task dimension T, its vmap rule."""
     register_rule(op, folding_rule(op))

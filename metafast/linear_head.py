@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metafast import _check
 from metafast._autodiff import differentiable
-from metafast._batching import fold_into_tasks
+from metafast._batching import fold_into_tasks, of_groups, of_tasks
 from metafast._dual import Dual, constant, stack, tangent_of
 from metafast._inner_loss import LOSSES, loss_change, loss_gradient, target
 from metafast._library import call, fallback, operator
@@ -288,24 +288,10 @@ class _Step(NamedTuple):
     bias_rate: Any
 
 
-def _of_tasks(value: Any, tasks: int) -> Any:
-    """``[G, ...]`` as ``[T, ...]``: each group's for its T / G tasks."""
-    groups, own = value.shape[0], tuple(value.shape[1:])
-    if groups == tasks:
-        return value
-    return value.unsqueeze(1).expand((groups, tasks // groups, *own)).reshape((tasks, *own))
-
-
-def _of_groups(value: Any, groups: int) -> Any:
-    """The sum over the tasks of each group."""
-    tasks, own = value.shape[0], tuple(value.shape[1:])
-    return value if groups == tasks else value.reshape((groups, tasks // groups, *own)).sum(1)
-
-
 def _rate(rates: Any, rate: float, step: int, tasks: int) -> Any:
     if rates is None:
         return rate
-    return _of_tasks(rates, tasks)[:, step if rates.shape[1] > 1 else 0]
+    return of_tasks(rates, tasks)[:, step if rates.shape[1] > 1 else 0]
 
 
 def _adapt(
@@ -324,8 +310,8 @@ def _adapt(
 ) -> tuple[Any, Any, list[_Step], Any]:
     """The adapted weight and bias, the steps and the targets: the closed form, on tensors or Dual numbers."""
     tasks = support.shape[0]
-    weight = _of_tasks(weight, tasks)
-    bias = None if bias is None else _of_tasks(bias, tasks)
+    weight = of_tasks(weight, tasks)
+    bias = None if bias is None else of_tasks(bias, tasks)
     tape: list[_Step] = []
     for step in range(steps):
         own_rate = _rate(rates, rate, step, tasks)
@@ -444,8 +430,8 @@ def _head_vjp(
         to_support,
         to_targets if soft else None,
         to_query,
-        _of_groups(to_weight, weight.shape[0]),
-        None if bias is None else _of_groups(to_bias, bias.shape[0]),
+        of_groups(to_weight, weight.shape[0]),
+        None if bias is None else of_groups(to_bias, bias.shape[0]),
         _to_rates(rates, to_rates, None if bias is None or bias_rates is not None else to_bias_rates),
         None if bias is None else _to_rates(bias_rates, to_bias_rates, None),
     )
@@ -465,7 +451,7 @@ def _to_rates(rates: Any, steps: list[Any], bias_steps: list[Any] | None) -> Any
         every = every.sum(1, keepdim=True)
     if per_class == 1 and every.shape[2] > 1:
         every = every.sum(2, keepdim=True)
-    return _of_groups(every, groups)
+    return of_groups(every, groups)
 
 
 def _filled(gradients: Sequence[Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metafast import _check
 from metafast._autodiff import differentiable
-from metafast._batching import folding_rule, register_rule
+from metafast._batching import folding_rule, of_groups, of_tasks, register_rule
 from metafast._dual import Dual, concatenate, constant, tangent_of, value_of
 from metafast._inner_loss import LOSSES, loss_change, loss_gradient, target
 from metafast._library import call, fallback, operator
@@ -232,11 +232,7 @@ def _per_task(values: Sequence[Any], own: int, tasks: int) -> list[Any]:
 
     def expand(value: Any) -> Any:
         shape = tuple(value.shape)
-        if len(shape) == own:
-            return value.expand((tasks, *shape))
-        groups = shape[0]
-        each = tasks // max(groups, 1)
-        return value.unsqueeze(1).expand((groups, each, *shape[1:])).reshape((tasks, *shape[1:]))
+        return value.expand((tasks, *shape)) if len(shape) == own else of_tasks(value, tasks)
 
     return [expand(value) for value in values]
 
@@ -244,9 +240,7 @@ def _per_task(values: Sequence[Any], own: int, tasks: int) -> list[Any]:
 def _over_groups(value: Any, like: Any, own: int) -> Any:
     """The adjoint of ``_per_task``."""
     shape = tuple(like.shape)
-    if len(shape) == own:
-        return value.sum(0)
-    return value.reshape((shape[0], value.shape[0] // max(shape[0], 1), *shape[1:])).sum(1)
+    return value.sum(0) if len(shape) == own else of_groups(value, shape[0])
 
 
 def _all_per_task(weights: Sequence[Any], biases: Sequence[Any], tasks: int) -> list[Any]:
