@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import re
 import sys
@@ -72,6 +73,7 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     if options.split == "train":
         validation = _validation(open_splits(roots, "val", reading, device)[0], options)
     settings = _settings(options, reading, validation)
+    settings["training_classes"] = _classes_digest(datasets)
     learner = _learner(settings, device)
     say(_introduction(options, roots, datasets, device))
     if validation is None:
@@ -274,6 +276,16 @@ def _settings(options: Options, reading: Reading, validation: FixedEpisodes | No
     return settings
 
 
+def _classes_digest(datasets: Datasets) -> str:
+    """Number of classes and a digest of their names and sizes: a resumed run must have the same ones."""
+    lines = [
+        f"{name}\t{size}"
+        for part in datasets.values()
+        for name, size in zip(part.names, part.class_sizes.tolist(), strict=True)
+    ]
+    return f"{len(lines)}, SHA-256 {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+
+
 def _learner(settings: dict[str, Any], device: torch.device) -> ProtoNet:
     encoder = Conv4(settings["in_channels"], settings["channels"])
     learner = ProtoNet(encoder, settings["metric"], settings["temperature"], settings["learn_temperature"])
@@ -428,6 +440,12 @@ def analyze_checkpoint(options: Options, arguments: Sequence[str]) -> int:
     roots = with_roots(settings["data"], options.root)
     shift_roots = with_roots(options.shift_data or [], options.shift_root, "--shift-data", "--shift-root")
     splits = {split: open_splits(roots, split, reading, device)[0] for split in (settings["split"], "test")}
+    digest = _classes_digest(splits[settings["split"]])
+    if settings.get("training_classes", digest) != digest:
+        raise UsageError(
+            f"--root: the classes there are not those of the training (they were {settings['training_classes']}, are "
+            f"{digest}), so the random split may call classes that were trained on test classes"
+        )
     if settings["split"] == "train":
         splits["val"] = open_splits(roots, "val", reading, device)[0]
     others: Datasets = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,11 @@ class EpisodeStream(IterableDataset[Episodes]):
         while self.stop is None or step < self.stop:
             yield self.sampler(step)
             step += stride
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is for the main process, which still needs episodes to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class EpisodeLoader:
@@ -101,9 +107,15 @@ class EpisodeLoader:
                     prefetch_factor=self.ahead,
                     pin_memory=self.pin_memory,
                     generator=torch.Generator(),
+                    worker_init_fn=_ignore_interrupt,
                 )
             )
-        episodes: Episodes = next(self._batches)
+        try:
+            episodes: Episodes = next(self._batches)
+        except BaseException:
+            # The loader has gone past this step, which a second call for it must not give another one for.
+            self.close()
+            raise
         self._next = step + 1
         return episodes
 

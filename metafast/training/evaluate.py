@@ -236,14 +236,14 @@ class Meter:
         self.correct: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.shapes: set[tuple[int, int, int]] = set()
-        self.first: tuple[int, int | None, int | None] | None = None
+        # Smallest and largest number of support, and of query rows of a class, of each batch.
+        self.rows: list[Tensor] = []
         # Episodes that this process has seen the outcomes of.
         self.own = 0
 
     def take(self, episodes: Episodes, outcome: Outcome | None) -> None:
         self.shapes.add((episodes.ways, episodes.support_y.shape[1], episodes.query_y.shape[1]))
-        # The number of rows of each class is read back from the device, so only once.
-        self.first = _shape(episodes) if self.first is None else self.first
+        self.rows.append(_rows_of_classes(episodes))
         if outcome is None:
             zeros = episodes.support_y.new_zeros(episodes.tasks + 1, dtype=torch.float64)
             self.correct.append(zeros[1:])
@@ -274,16 +274,17 @@ class Meter:
                 f"the logits of {int(per_episode.isnan().sum())} of {episodes} episodes hold NaN, "
                 f"those of episode {first} first"
             )
-        assert self.first is not None
-        ways, shots, queries = self.first
-        same_ways = len({shape[0] for shape in self.shapes}) == 1
+        low, high = torch.stack(self.rows).unbind(-1)
+        smallest, largest = low.amin(0).tolist(), high.amax(0).tolist()
+        shots, queries = (a if a == b else None for a, b in zip(smallest, largest, strict=True))
+        ways = {shape[0] for shape in self.shapes}
         return Accuracy(
             mean=float(per_episode.mean()),
             interval=confidence_interval(per_episode),
             episodes=episodes,
-            ways=ways if same_ways else None,
-            shots=shots if len({shape[1] / shape[0] for shape in self.shapes}) == 1 else None,
-            queries=queries if len({shape[2] / shape[0] for shape in self.shapes}) == 1 else None,
+            ways=ways.pop() if len(ways) == 1 else None,
+            shots=shots,
+            queries=queries,
             batch_norm=batch_norm,
             seed=seed,
             loss=float(losses.sum() / episodes),
@@ -305,18 +306,10 @@ def each_outcome(
     Several processes share out the batches: the outcome is None on those that another one works on.
     Arguments and errors are those of :func:`evaluate`; ``status`` tells the progress bar of the results so far.
     """
-    if batch_norm not in BATCH_NORM_MODES:
-        raise ValueError(f"batch_norm: expected 'running' or 'transductive', got {batch_norm!r}")
+    norms = batch_norm_layers(learner)
+    check_batch_norm(batch_norm, norms)
     if count is not None and count < 2:
         raise ValueError(f"count: expected at least 2 episodes (an interval needs them), got {count}")
-    norms = batch_norm_layers(learner)
-    if batch_norm == "running":
-        for name, norm in norms.items():
-            if norm.running_mean is None:
-                raise ValueError(
-                    f"batch_norm: the layer {name} keeps no running statistics; "
-                    "evaluate with batch_norm='transductive'"
-                )
     batches, count = _batches(episodes, count)
     device = learner_device(learner)
     group = ranks()
@@ -370,14 +363,24 @@ def batch_norm_layers(learner: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in learner.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def _shape(episodes: Episodes) -> tuple[int, int | None, int | None]:
-    """Ways, shots and queries; None for the latter two where they are not the same for all classes."""
+def check_batch_norm(batch_norm: str, norms: Mapping[str, _BatchNorm]) -> None:
+    """Raise ValueError for a mode that is unknown, or that the layers cannot be evaluated in."""
+    if batch_norm not in BATCH_NORM_MODES:
+        raise ValueError(f"batch_norm: expected 'running' or 'transductive', got {batch_norm!r}")
+    if batch_norm == "running":
+        for name, norm in norms.items():
+            if norm.running_mean is None:
+                raise ValueError(
+                    f"batch_norm: the layer {name} keeps no running statistics; "
+                    "evaluate with batch_norm='transductive'"
+                )
 
-    def rows_per_class(labels: Tensor) -> int | None:
-        counts = (labels.unsqueeze(-1) == torch.arange(episodes.ways, device=labels.device)).sum(-2)
-        return int(counts.min()) if bool(counts.min() == counts.max()) else None
 
-    return episodes.ways, rows_per_class(episodes.support_y), rows_per_class(episodes.query_y)
+def _rows_of_classes(episodes: Episodes) -> Tensor:
+    """Smallest and largest number of rows of a class, ``[2, 2]`` for support and query, on the device."""
+    classes = torch.arange(episodes.ways, device=episodes.device)
+    counts = [(labels.unsqueeze(-1) == classes).sum(-2) for labels in (episodes.support_y, episodes.query_y)]
+    return torch.stack([torch.stack([count.min(), count.max()]) for count in counts])
 
 
 @contextlib.contextmanager

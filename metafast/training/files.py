@@ -15,7 +15,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         OSError: naming ``path``, where the folder is missing or not writable or the disk is full.
     """
-    path = Path(path)
+    # The file that a link names is replaced, not the link; a pipe or device (/dev/stdout) is written to.
+    path = Path(os.path.realpath(path))
+    if path.is_fifo() or path.is_char_device():
+        with named_errors(path):
+            path.write_bytes(content)
+        return
     temporary = ""
     try:
         with named_errors(path, "; the file that was there is unchanged"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -38,7 +39,7 @@ from metafast.training.distributed import (
     shared_out,
     synchronised,
 )
-from metafast.training.evaluate import Accuracy, batch_norm_layers, evaluate, learner_device
+from metafast.training.evaluate import Accuracy, batch_norm_layers, check_batch_norm, evaluate, learner_device
 from metafast.training.events import EventFiles
 from metafast.training.files import remove_leftovers
 from metafast.training.history import History, HistoryFile, Row, read_history
@@ -58,6 +59,8 @@ SCALED_PRECISIONS = ("float16",)
 #: Steps between reading losses back, by type of device; an accelerator has to wait for it.
 READ_EVERY = {"cpu": 1}
 READ_EVERY_ELSEWHERE = 20
+#: How long to wait for a folder that another process holds.
+LOCK_SECONDS = 10
 
 Sampler = Callable[[int], Episodes]
 
@@ -167,14 +170,14 @@ def fit(
     """
     for name, value, smallest in (
         ("steps", steps, 1),
-        ("validation_episodes", validation_episodes, 1),
+        ("validation_episodes", validation_episodes, 1 if validation is None else 2),
         ("validate_every", validate_every, 1),
         ("decay_every", decay_every, 1),
         ("warm_up", warm_up, 0),
         ("patience", 1 if patience is None else patience, 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            wanted = "a positive int" if smallest else "an int from 0"
+            wanted = "a positive int" if smallest == 1 else f"an int from {smallest}"
             raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     if not 0 < decay < 1:
         raise ValueError(f"decay: expected a number between 0 and 1, got {decay!r}")
@@ -182,6 +185,8 @@ def fit(
         raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm!r}")
     if precision not in (*PRECISIONS, *SCALED_PRECISIONS):
         raise ValueError(f"precision: expected 'float32', 'bfloat16' or 'float16', got {precision!r}")
+    if validation is not None:
+        check_batch_norm(batch_norm, batch_norm_layers(learner))
     if patience is not None and validation is None:
         raise ValueError("patience: early stopping needs validation episodes")
     if resume and overwrite:
@@ -207,8 +212,9 @@ def fit(
     else:
         recorded["schedule"] = type(schedule).__name__
     recorded |= {"clip_norm": clip_norm, "precision": precision, "validate_every": validate_every}
+    recorded["validation_episodes"] = None if validation is None else validation_episodes
     if validation is not None:
-        recorded |= {"validation_episodes": validation_episodes, "batch_norm": batch_norm}
+        recorded["batch_norm"] = batch_norm
     if ranks().count > 1:
         recorded["sync_batch_norm"] = sync_batch_norm
     if hasattr(train, "seed"):
@@ -225,7 +231,6 @@ def fit(
         sync_batch_norm=sync_batch_norm,
         on_step=on_step,
     )
-    run.open(resume, overwrite, steps)
 
     def validate() -> Accuracy | None:
         if validation is None:
@@ -234,8 +239,12 @@ def fit(
             learner, validation, validation_episodes, batch_norm=batch_norm, progress="validation"
         )
 
-    run.train(train, steps, validate, validate_every, patience)
-    run.finish({"steps": steps, "patience": patience}, batch_norm)
+    try:
+        run.open(resume, overwrite, steps)
+        run.train(train, steps, validate, validate_every, patience)
+        run.finish({"steps": steps, "patience": patience}, batch_norm)
+    finally:
+        run.unlock()
     return run.history
 
 
@@ -304,6 +313,10 @@ class _Run:
         norms = list(batch_norm_layers(learner).values()) if self.ranks.count > 1 else []
         self.synchronised_norms = norms if sync_batch_norm else []
         self.step_sum = StepSum(learner, self.ranks, [] if sync_batch_norm else _running_statistics(norms))
+        # Buffers that hold infinity on purpose, such as attention masks, are no broken weights.
+        self.masks = {
+            n for n, b in learner.named_buffers() if b.is_floating_point() and not bool(b.isfinite().all())
+        }
         self.step = 0
         self.history = History()
         self.file = HistoryFile(folder / METRICS if folder is not None and self.ranks.first else None)
@@ -315,6 +328,7 @@ class _Run:
         self.unread: list[tuple[int, Tensor, float]] = []
         # Rows whose loss is in a line that was printed.
         self.said = 0
+        self.lock: int | None = None
         self.seconds_before = 0.0
         self.begin = 0.0
         self.stop_agreed = False
@@ -346,6 +360,7 @@ class _Run:
             raise OSError(
                 error.errno, f"out: could not make the folder {self.folder} ({error.strerror})"
             ) from error
+        self._lock()
         last = self.folder / LAST
         if last.exists() and not resume and not overwrite:
             raise FileExistsError(
@@ -364,6 +379,36 @@ class _Run:
                     f"{last} belongs to one of step {checkpoint['best_step']}"
                 )
         return checkpoint, best, read_history(self.folder / METRICS, checkpoint["step"])
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder, by a lock that the system lets go of when this one dies."""
+        try:
+            import fcntl
+        except ImportError:
+            return
+        assert self.folder is not None
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        # The loader's workers of a killed run hold its lock until they notice.
+        for attempt in range(LOCK_SECONDS * 10, -1, -1):
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not attempt:
+                    self.unlock()
+                    raise BlockingIOError(
+                        errno.EWOULDBLOCK,
+                        f"out: another process trains in {self.folder}; wait for it or choose another folder",
+                    ) from None
+                time.sleep(0.1)
+            except OSError:
+                return
+
+    def unlock(self) -> None:
+        """Let others into the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def _begin_files(self) -> None:
         if self.folder is None:
@@ -451,12 +496,15 @@ class _Run:
                     if at_validation or stopping:
                         self._save()
                         speed.pause()
-                    if stopping:
+                    # A request that came in a validation finds its step saved; after the last one nobody asks again.
+                    if stopping or (at_validation and self.ranks.count == 1 and stop_requested()):
                         raise Interrupted(self._stopped(steps))
+                if self.step == first and self.step == steps and self.history.best_step != self.step:
+                    self._end_unvalidated(validate, steps)
         except NonFiniteError:
             # The steps that led to it are worth a look.
             self._hand_out(bar, speed)
-            self.ranks.by_first(self._flush)
+            self.ranks.by_first(lambda: self.events.write(self._flush()))
             raise
         except RankLostError as error:
             raise RankLostError(f"{error}; {self._kept()}") from error
@@ -471,8 +519,21 @@ class _Run:
                 f"{self.history.best_step}"
             )
 
+    def _end_unvalidated(self, validate: Callable[[], Accuracy | None], steps: int) -> None:
+        """Complete a run that was stopped between validations at the step that is now to be its last."""
+        rows = self.history.rows
+        if math.isnan(rows[-1].validation_accuracy):
+            self.said = len(rows) - 1
+            self._validate(validate, steps)
+            self.ranks.by_first(lambda: self.file.restart(rows))
+            self._save()
+
     def _out_of_patience(self, patience: int | None) -> bool:
-        return patience is not None and self.history.validations_since_best >= patience
+        rows = self.history.rows
+        # Only a validation can exhaust it; counting goes through all rows.
+        if patience is None or not rows or math.isnan(rows[-1].validation_accuracy):
+            return False
+        return self.history.validations_since_best >= patience
 
     def _update(self, episodes: Episodes, weight: float, read_every: int, stop: bool) -> None:
         self.learner.train()
@@ -570,6 +631,14 @@ class _Run:
     def _write(self, states: Sequence[dict[str, Any]]) -> None:
         assert self.folder is not None
         rows = self._flush()
+        try:
+            # Before the checkpoint: events after it are purged on resume, missing ones before it never written.
+            self.events.write(rows)
+        finally:
+            self._write_checkpoints(states)
+
+    def _write_checkpoints(self, states: Sequence[dict[str, Any]]) -> None:
+        assert self.folder is not None
         save_checkpoint(
             self.folder / LAST,
             {
@@ -587,7 +656,6 @@ class _Run:
         )
         if not self.best_saved:
             self._save_best()
-        self.events.write(rows)
 
     def _save_best(self) -> None:
         assert self.folder is not None
@@ -608,7 +676,7 @@ class _Run:
     def _require_finite(self) -> None:
         """No checkpoint of broken weights may replace a good one."""
         for name, value in self.learner.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+            if name not in self.masks and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise NonFiniteError(
                     f"{name} holds NaN or infinite values after step {self.step}; {self._advice()}"
                 )
