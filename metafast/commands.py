@@ -294,7 +294,9 @@ def _learner(settings: dict[str, Any], device: torch.device) -> ProtoNet:
 
 def _names(roots: Mapping[str, Path]) -> str:
     """The data sets in words; an image folder has its own name."""
-    return " and ".join(root.name if name == "image-folder" else name for name, root in roots.items())
+    return " and ".join(
+        root.resolve().name if name == "image-folder" else name for name, root in roots.items()
+    )
 
 
 def _introduction(
@@ -355,7 +357,9 @@ def _draw_run(
         f"validation, {validation['ways']}-way {validation['shots']}-shot" if validation else "",
     )
     (_, ways, shots), episodes = next(iter(sources.items()))
-    pictures.draw_episode(learner, episodes[0], episode, f"{title}: {ways}-way {shots}-shot test")
+    pictures.draw_episode(
+        learner, episodes[0], episode, f"{title}: {ways}-way {shots}-shot test", options.batch_norm
+    )
     return [curve, episode]
 
 
@@ -452,7 +456,12 @@ def analyze_checkpoint(options: Options, arguments: Sequence[str]) -> int:
     for name, root in shift_roots.items():
         split = ALL if name == "image-folder" else "test"
         opened, _ = open_splits({name: root}, split, reading, device, "--shift-root")
-        others[root.name if name == "image-folder" else name] = opened[name]
+        shown = root.resolve().name if name == "image-folder" else name
+        if shown in others:
+            raise UsageError(
+                f"--shift-root: two of the data sets would be called {shown!r}; rename the folder"
+            )
+        others[shown] = opened[name]
     if options.ways is None:
         options.ways = min(_at_most(TEST_WAYS, _fewest(part)) for part in (*splits.values(), others) if part)
     if options.queries is None:

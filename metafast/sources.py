@@ -145,6 +145,11 @@ def _read(name: str, root: Path, split: str, reading: Reading, root_option: str)
         raise UsageError(f"--split {ALL} is for image-folder; {name} has {', '.join(SPLITS)}")
     try:
         dataset: ImageClasses = SOURCES[name].read(root, split, reading)
+        largest = int(dataset.class_sizes.max())
+        if reading.min_images > largest:
+            raise UsageError(
+                f"--min-images: expected at most {largest}, the images of the largest class of {name}"
+            )
         return dataset.at_least(reading.min_images) if reading.min_images > 1 else dataset
     except FileNotFoundError as error:
         raise UsageError(f"{root_option}: {error}") from error

@@ -320,6 +320,37 @@ class TestImageFolder:
         everything = "evaluate --checkpoint birds --root data/birds --split all --ways 20 --episodes 4"
         assert cli.main(everything.split()) == 0
 
+    def test_other_classes_than_those_of_the_training(self, tmp_path, capsys, monkeypatch):
+        """A random split of other classes could call one that was trained on a test class."""
+        monkeypatch.chdir(tmp_path)
+        make_images(Path("birds"), 20, 5)
+        train = (
+            "train --data image-folder --size 16 --channels 4 --episodes 4 --validation-episodes 4 --out run"
+        )
+        assert cli.main([*train.split(), "--root", "birds", "--steps", "2"]) == 0
+        make_images(Path("fish"), 24, 5)
+        resumed = [*train.split(), "--root", "fish", "--steps", "4", "--train-ways", "13", "--resume"]
+        assert "training_classes was '13, SHA-256" in error_of(resumed, capsys)
+        analyze = "analyze --checkpoint run --root fish --episodes 4 --ways 2"
+        assert "--root: the classes there are not those of the training" in error_of(analyze.split(), capsys)
+
+    def test_names_of_folders(self, tmp_path, capsys, monkeypatch):
+        make_images(tmp_path / "birds", 20, 5)
+        make_images(tmp_path / "glyphs", 8, 5)
+        monkeypatch.chdir(tmp_path / "birds")
+        train = (
+            "train --data image-folder --root . --size 16 --channels 4 --steps 1 --episodes 4 --out ../run"
+        )
+        assert cli.main([*train.split(), "--validation-episodes", "4"]) == 0
+        assert "on birds: 13 training classes" in capsys.readouterr().out
+        analyze = (
+            "analyze --checkpoint ../run --root . --shift-data glyphs image-folder --shift-root ../glyphs"
+        )
+        error = error_of([*analyze.split(), "--episodes", "4", "--ways", "2"], capsys)
+        assert "--shift-root: two of the data sets would be called 'glyphs'; rename the folder" in error
+        error = error_of([*train.split(), "--overwrite", "--min-images", "100"], capsys)
+        assert "--min-images: expected at most 5, the images of the largest class of image-folder" in error
+
     def test_small_classes_and_damaged_files(self, tmp_path, capsys):
         root = make_images(tmp_path / "birds", 12, 4)
         train = "train --data image-folder --size 16 --channels 4 --steps 1 --episodes 4 --shots 2 --ways 2"

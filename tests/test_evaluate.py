@@ -155,6 +155,13 @@ class TestSources:
         varying = EpisodeSampler(characters, (2, 5), (1, 2), 1, tasks=2)
         assert evaluate(make_learner(), varying, 20).ways is None
 
+    def test_shots_that_differ_from_batch_to_batch_have_no_number(self):
+        """Three rows of two classes: two and one in the second batch."""
+        even = make_episodes(0, (2, 2))
+        uneven = make_episodes(1, (3, 1))
+        assert evaluate(ProtoNet(nn.Flatten()), [even, even]).shots == 2
+        assert evaluate(ProtoNet(nn.Flatten()), [even, uneven]).shots is None
+
     def test_uneven_classes_have_no_number_of_shots(self):
         support, query = torch.tensor([[0, 0, 1]] * 2), torch.tensor([[0, 0, 1, 1]] * 2)
         batch = Episodes(torch.zeros(2, 3, 1), support, torch.zeros(2, 4, 1), query, 2)
@@ -352,3 +359,13 @@ class TestProgress:
 
     def test_silent_elsewhere(self, monkeypatch):
         assert self.shown(False, monkeypatch) == ""
+
+
+def make_episodes(seed, rows):
+    """One episode of two classes, with so many support rows of each."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(2).repeat_interleave(torch.tensor(rows)).unsqueeze(0)
+    query = torch.arange(2).repeat(1, 3)
+    return Episodes(
+        torch.randn(1, labels.shape[1], 4, generator=g), labels, torch.randn(1, 6, 4, generator=g), query, 2
+    )

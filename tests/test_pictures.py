@@ -47,6 +47,33 @@ def test_episode(tmp_path, channels, ways, shots, queries):
     assert learner.training
 
 
+@pytest.mark.parametrize("batch_norm", ["running", "transductive"])
+def test_the_episode_is_predicted_as_in_the_test(tmp_path, batch_norm, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from metafast.backbones import Conv4
+    from metafast.data import EpisodeSampler, glyphs
+    from metafast.training import evaluate
+
+    torch.manual_seed(0)
+    learner = ProtoNet(Conv4(channels=4))
+    learner.encoder.train()
+    for norm in (m for m in learner.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_var.fill_(0.01)  # far from those of any batch
+    norm.eval()
+    modes = [m.training for m in learner.modules()]
+    batch = EpisodeSampler(glyphs(20, size=16), 5, 1, 5, tasks=6)(0)
+    hardest = evaluate(learner, batch, batch_norm=batch_norm).per_episode.min()
+    said = []
+    write = Figure.text
+    monkeypatch.setattr(
+        Figure, "text", lambda self, x, y, s, **k: said.append(s) or write(self, x, y, s, **k)
+    )
+    pictures.draw_episode(learner, batch, tmp_path / "episode.png", "title", batch_norm)
+    assert any(f"{round(float(hardest) * 25)} of 25" in text for text in said), said
+    assert [m.training for m in learner.modules()] == modes
+
+
 def test_episode_of_features(tmp_path):
     labels = torch.arange(2).repeat(2, 1)
     batch = Episodes(torch.zeros(2, 2, 1), labels, torch.zeros(2, 2, 1), labels, 2)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from metafast.data import (
     EpisodeLoader,
+    Episodes,
     EpisodeSampler,
     EpisodeStream,
     FeatureClasses,
@@ -1058,3 +1060,27 @@ def test_mixed_and_uneven_episodes_follow_the_images_to_their_device() -> None:
     episodes = EpisodeSampler(data, 3, (1, 4), 2, tasks=5, uneven_shots=True)(0)
     assert {episodes.support_x.device.type, episodes.support_y.device.type} == {"meta"}
     assert episodes.query_x.shape == (5, 6, 2, SIDE, SIDE)
+
+
+class FailingOnce:
+    """A sampler that fails at its first call for step 2."""
+
+    def __init__(self, sampler: EpisodeSampler, flag: Path) -> None:
+        self.sampler, self.flag = sampler, flag
+
+    def __call__(self, step: int) -> Episodes:
+        if step == 2 and not self.flag.exists():
+            self.flag.touch()
+            raise OSError("the disk is away")
+        return self.sampler(step)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_loader_that_failed_gives_the_step_it_is_asked_for(tmp_path: Path) -> None:
+    sampler = EpisodeSampler(DATA, 2, 1, 1, seed=3)
+    loader = EpisodeLoader(FailingOnce(sampler, tmp_path / "failed"), workers=2)
+    loader(0), loader(1)
+    with pytest.raises(OSError, match="the disk is away"):
+        loader(2)
+    assert torch.equal(loader(2).support_x, sampler(2).support_x)
+    loader.close()

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy
@@ -467,6 +468,15 @@ class TestTensorBoard:
         found = curves(tmp_path / "tensorboard")["training/loss"]
         assert found == [(row.step, pytest.approx(row.loss)) for row in rows]
 
+    def test_the_rows_before_a_non_finite_loss(self, train, tmp_path, curves):
+        def spoilt(step):
+            episodes = train(step)
+            return episodes if step < 3 else replace(episodes, support_x=episodes.support_x * math.nan)
+
+        with pytest.raises(NonFiniteError):
+            fit(make_learner(), spoilt, 9, validate_every=2, out=tmp_path)
+        assert [step for step, _ in curves(tmp_path / "tensorboard")["training/loss"]] == [1, 2, 3]
+
     def test_without_it_there_is_no_folder(self, train, tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         fit(make_learner(), train, 2, out=tmp_path)
@@ -891,3 +901,131 @@ class TestFailures:
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="checkpoint: there is no file"):
             load_checkpoint(tmp_path / "none.pt")
+
+
+class Signalling:
+    """Validation episodes; making the first of the given validation sends a signal."""
+
+    def __init__(self, sampler, when=1):
+        self.sampler, self.when, self.count = sampler, when, 0
+
+    def __call__(self, step):
+        self.count += step == 0
+        if step == 0 and self.count == self.when:
+            signal.raise_signal(signal.SIGTERM)
+        return self.sampler(step)
+
+
+class TestStops:
+    @pytest.mark.parametrize(
+        ("when", "options"),
+        [(1, {"steps": 4}), (2, {"steps": 50, "validate_every": 1, "patience": 1})],
+        ids=["last validation", "validation that exhausts patience"],
+    )
+    def test_a_signal_in_a_validation_is_heeded(self, train, validation, tmp_path, when, options):
+        with pytest.raises(Interrupted, match="resume goes on from there"):
+            fit(
+                make_learner(),
+                train,
+                validation=Signalling(validation, when),
+                validation_episodes=10,
+                out=tmp_path,
+                **options,
+            )
+        assert (tmp_path / "checkpoint-last.pt").exists()
+
+    def test_a_run_resumed_at_its_last_step_is_validated(self, train, validation, tmp_path):
+        options = {"validation": validation, "validation_episodes": 10, "validate_every": 10, "out": tmp_path}
+        with pytest.raises(Interrupted):
+            fit(
+                make_learner(),
+                train,
+                20,
+                on_step=stop_at(6, lambda: signal.raise_signal(signal.SIGTERM)),
+                **options,
+            )
+        done = load_checkpoint(tmp_path / "checkpoint-last.pt")["step"]
+        history = fit(make_learner(seed=3), train, done, resume=True, **options)
+        assert history.best_step == done
+        assert load_checkpoint(tmp_path / "checkpoint-best.pt")["step"] == done
+        assert not math.isnan(read_history(tmp_path / "metrics.csv", done)[-1].validation_accuracy)
+
+    def test_two_runs_in_one_folder(self, train, tmp_path, monkeypatch):
+        monkeypatch.setattr(FIT, "LOCK_SECONDS", 0)
+        met = []
+
+        def second(row):
+            if row.step == 2:
+                with pytest.raises(BlockingIOError, match="another process trains in"):
+                    fit(make_learner(), train, 3, out=tmp_path, overwrite=True)
+                met.append(row.step)
+
+        fit(make_learner(), train, 3, out=tmp_path, on_step=second)
+        assert met == [2]
+        fit(make_learner(), train, 4, out=tmp_path, resume=True)
+
+
+class TestBeforeTheFirstStep:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_norm": "none"}, "batch_norm: expected 'running' or 'transductive', got 'none'"),
+            ({"validation_episodes": 1}, "validation_episodes: expected an int from 2, got 1"),
+        ],
+    )
+    def test_validation_is_checked(self, train, validation, options, message):
+        steps = []
+        with pytest.raises(ValueError, match=message):
+            fit(make_learner(), train, 3, validation=validation, on_step=steps.append, **options)
+        assert not steps
+
+    def test_layers_without_running_statistics(self, train, validation):
+        encoder = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten()
+        )
+        steps = []
+        with pytest.raises(ValueError, match=r"encoder\.1 keeps no running statistics"):
+            fit(ProtoNet(encoder), train, 3, validation=validation, on_step=steps.append)
+        assert not steps
+
+    def test_a_validated_run_is_not_resumed_without(self, train, validation, tmp_path):
+        fit(make_learner(), train, 2, validation=validation, validation_episodes=10, out=tmp_path)
+        with pytest.raises(CheckpointError, match="validation_episodes was 10, is None"):
+            fit(make_learner(), train, 3, out=tmp_path, resume=True)
+
+    def test_settings_that_hold_tensors(self, train, tmp_path):
+        fit(make_learner(), train, 1, out=tmp_path, settings={"prior": torch.ones(3)})
+        fit(make_learner(), train, 2, out=tmp_path, resume=True, settings={"prior": torch.ones(3)})
+        with pytest.raises(CheckpointError, match="prior was"):
+            fit(make_learner(), train, 3, out=tmp_path, resume=True, settings={"prior": torch.zeros(3)})
+
+
+def test_buffers_that_are_infinite_on_purpose(train):
+    """Attention masks are; weights that become so are another matter."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(256, 8)
+            self.register_buffer("mask", torch.full((3,), -torch.inf))
+
+        def forward(self, x):
+            return self.layer(x.flatten(1))
+
+    assert len(fit(ProtoNet(Masked()), train, 2).rows) == 2
+
+
+def test_writing_to_what_is_no_file(tmp_path):
+    """A pipe is written to, and a link leads to its file."""
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_atomically(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()

@@ -121,7 +121,10 @@ def feature_table(
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file, got {str(path)!r}, which is not there")
     rows, labels = readers[path.suffix.lower()](path, label, features)
-    return FeatureClasses(*_grouped(torch.from_numpy(rows), labels, None))
+    try:
+        return FeatureClasses(*_grouped(torch.from_numpy(rows), _labels(labels), None))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).replace('y must', f'{label} must', 1)}") from error
 
 
 def _read_text(path: Path, label: str, features: Sequence[str] | None) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -318,7 +318,7 @@ def each_outcome(
     watched = status is not None and not getattr(bar, "disable", True)
     looked = time.perf_counter()
     try:
-        with torch.no_grad(), _evaluation_mode(learner, batch_norm):
+        with torch.no_grad(), evaluation_mode(learner, batch_norm):
             for number, batch in enumerate(batches):
                 if batch.regression:
                     raise ValueError(
@@ -384,7 +384,7 @@ def _rows_of_classes(episodes: Episodes) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(learner: nn.Module, batch_norm: str) -> Iterator[None]:
+def evaluation_mode(learner: nn.Module, batch_norm: str) -> Iterator[None]:
     """Evaluation mode inside; if transductive, BatchNorm layers without their running statistics."""
     modes = [(module, module.training) for module in learner.modules()]
     hidden = []

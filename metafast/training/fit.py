@@ -747,8 +747,14 @@ def _differences(
     return [
         f"{name} was {saved.get(name)!r}, is {given.get(name)!r}"
         for name in sorted(saved.keys() | given.keys())
-        if saved.get(name) != given.get(name)
+        if not _same(saved.get(name), given.get(name))
     ]
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+    return bool(first == second)
 
 
 def _running_statistics(norms: Sequence[nn.Module]) -> list[Tensor]:

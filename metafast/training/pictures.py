@@ -13,7 +13,7 @@ from torch import nn
 
 from metafast.data import Episodes
 from metafast.training.analyze import Report
-from metafast.training.evaluate import Accuracy, learner_device
+from metafast.training.evaluate import Accuracy, evaluation_mode, learner_device
 from metafast.training.files import write_atomically
 from metafast.training.history import History, Row
 
@@ -80,21 +80,26 @@ def draw_learning_curve(
     _save(figure, path)
 
 
-def draw_episode(learner: nn.Module, episodes: Episodes, path: str | os.PathLike[str], title: str) -> None:
+def draw_episode(
+    learner: nn.Module,
+    episodes: Episodes,
+    path: str | os.PathLike[str],
+    title: str,
+    batch_norm: str = "running",
+) -> None:
     """The hardest of a batch of episodes: support images, and query images marked right or wrong.
+
+    BatchNorm layers normalise as :func:`evaluate` with ``batch_norm`` lets them.
 
     Raises:
         ValueError: episodes whose inputs are no images ``[T, n, channels, height, width]``.
     """
     if episodes.support_x.dim() != 5:
         raise ValueError(f"support_x: expected images [T, n, C, H, W], got {list(episodes.support_x.shape)}")
-    training = learner.training
-    learner.eval()
-    try:
-        with torch.no_grad():
-            predicted = learner(episodes.to(learner_device(learner))).logits.argmax(-1).cpu()
-    finally:
-        learner.train(training)
+    device = learner_device(learner)
+    with torch.no_grad(), evaluation_mode(learner, batch_norm):
+        each = [learner(episodes[task].to(device)).logits.argmax(-1).cpu() for task in range(episodes.tasks)]
+    predicted = torch.cat(each)
     episodes = episodes.to("cpu")
     right = predicted == episodes.query_y
     task = int(right.sum(1).argmin())
