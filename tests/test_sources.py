@@ -1108,3 +1108,17 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.npz").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"^.*t\.npz: "):
         feature_table(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0.5, 1.0]), "label must hold integers or strings, got float64"),
+        (np.array([1, 2, 3]), r"label must have shape \[2\], a label for each row of x, got \[3\]"),
+    ],
+    ids=["numbers", "three"],
+)
+def test_labels_of_a_table(tmp_path: Path, labels: Any, message: str) -> None:
+    np.savez(tmp_path / "table.npz", label=labels, features=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=rf"table\.npz: {message}"):
+        feature_table(tmp_path / "table.npz")
