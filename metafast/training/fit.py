@@ -38,7 +38,7 @@ from metafast.training.distributed import (
     shared_out,
     synchronised,
 )
-from metafast.training.evaluate import Accuracy, batch_norm_layers, evaluate, learner_device
+from metafast.training.evaluate import Accuracy, SquaredError, batch_norm_layers, evaluate, learner_device
 from metafast.training.events import EventFiles
 from metafast.training.files import remove_leftovers
 from metafast.training.history import History, HistoryFile, Row, read_history
@@ -96,10 +96,10 @@ def fit(
 ) -> History:
     """Train ``learner`` for ``steps`` optimiser steps, each on the episodes of one call ``train(step)``.
 
-    Every ``validate_every`` steps, and after the last, the validation accuracy is measured on the same
-    ``validation_episodes`` episodes and a checkpoint is saved. At the end the learner holds the weights of
-    the best validation (without validation: the last) and is in evaluation mode. :func:`metafast.check` looks
-    at the episodes of the first step.
+    Every ``validate_every`` steps, and after the last, the validation accuracy (in regression, the mean squared
+    error) is measured on the same ``validation_episodes`` episodes and a checkpoint is saved. At the end the
+    learner holds the weights of the best validation (without validation: the last) and is in evaluation mode.
+    :func:`metafast.check` looks at the episodes of the first step.
 
     The folder ``out`` holds
 
@@ -227,7 +227,7 @@ def fit(
     )
     run.open(resume, overwrite, steps)
 
-    def validate() -> Accuracy | None:
+    def validate() -> Accuracy | SquaredError | None:
         if validation is None:
             return None
         return evaluate(
@@ -419,7 +419,7 @@ class _Run:
         self,
         train: Sampler,
         steps: int,
-        validate: Callable[[], Accuracy | None],
+        validate: Callable[[], Accuracy | SquaredError | None],
         validate_every: int,
         patience: int | None,
     ) -> None:
@@ -516,7 +516,7 @@ class _Run:
             self.stop_agreed |= stop > 0
         self.unread.clear()
 
-    def _validate(self, validate: Callable[[], Accuracy | None], steps: int) -> None:
+    def _validate(self, validate: Callable[[], Accuracy | SquaredError | None], steps: int) -> None:
         self._require_finite()
         result, rows = validate(), self.history.rows
         losses = [row.loss for row in rows[self.said :]]
@@ -526,17 +526,22 @@ class _Run:
             say(line)
             self._take_best(None)
             return
+        best, accuracy = self.history.best_validation, None
+        if isinstance(result, Accuracy):
+            accuracy, loss = result.mean, result.loss
+            better = best is None or accuracy > best.validation_accuracy
+        else:
+            loss = result.mean
+            better = best is None or loss < best.validation_loss
         rows[-1] = replace(
             rows[-1],
-            validation_accuracy=result.mean,
+            validation_accuracy=math.nan if accuracy is None else accuracy,
             validation_interval=result.interval,
-            validation_loss=result.loss,
+            validation_loss=loss,
         )
-        best = self.history.best_accuracy
-        better = best is None or result.mean > best
         say(f"{line}  validation {result}{'  best so far' if better else ''}")
         if better:
-            self._take_best(result.mean)
+            self._take_best(accuracy)
 
     def _hand_out(self, bar: Any, speed: Speed) -> None:
         """Pass new rows on, once each and complete with their validation."""
@@ -548,8 +553,11 @@ class _Run:
             text = f"{speed}, loss {new[-1].loss:.4f}"
             if not math.isnan(new[-1].accuracy):
                 text += f", accuracy {100 * new[-1].accuracy:.1f} %"
+            best = self.history.best_validation
             if self.history.best_accuracy is not None:
                 text += f", best validation {100 * self.history.best_accuracy:.2f} %"
+            elif best is not None:
+                text += f", best validation {best.validation_loss:.4f}"
             bar.set_postfix_str(text, refresh=False)
 
     def _take_best(self, accuracy: float | None) -> None:
@@ -640,7 +648,7 @@ class _Run:
             self.learner.load_state_dict(self.best_model)
         self.learner.eval()
         history = self.history
-        best = next((row for row in history.validations if row.step == history.best_step), None)
+        best = history.best_validation
         history.result = {
             "settings": plain(self.settings),
             "fit": {**self.recorded, **arguments},
@@ -652,6 +660,7 @@ class _Run:
             "train_seconds": round(history.seconds, 1),
             "best_step": history.best_step,
             "best_validation_accuracy": history.best_accuracy,
+            "best_validation_loss": None if best is None else best.validation_loss,
             "best_validation_interval": None if best is None else best.validation_interval,
         }
         if self.folder is not None:
