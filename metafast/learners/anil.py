@@ -86,4 +86,5 @@ class ANIL(EncoderLearner):
 
     def extra_repr(self) -> str:
         learnt = isinstance(self.lr, nn.Parameter)
-        return f"lr={float(self.lr):g}, steps={self.steps}, learn_lr={learnt}, first_order={self.first_order}"
+        rate = float(torch.as_tensor(self.lr).detach())
+        return f"lr={rate:g}, steps={self.steps}, learn_lr={learnt}, first_order={self.first_order}"
