@@ -326,6 +326,11 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--learn-inner-lr", "train the rate too", action=_Switch)
     add("--inner-steps", "steps of adaptation (default: 5 for anil, else 1)", type=_count, metavar="N")
+    add(
+        "--init-std",
+        "of the initial weights, such as 0.01 (default: He's square root of 2 / inputs)",
+        **number,
+    )
     add("--first-order", "take the gradients of the inner steps for constants", action=_Switch)
 
 

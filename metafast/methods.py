@@ -78,16 +78,17 @@ def _mlp(settings: Settings) -> MAML:
         loss="mse" if waves else "cross_entropy",
         learn_lr=settings["method"] == "metasgd",
         first_order=settings["first_order"],
-        init_std=0.01 if waves else None,
+        init_std=settings["init_std"],
     )
 
 
-_MLP_OPTIONS = {
+_MLP_OPTIONS: dict[str, Any] = {
     "hidden": None,
     "activation": "relu",
     "inner_lr": None,
     "inner_steps": 1,
     "first_order": False,
+    "init_std": None,
 }
 
 #: By the names of `--method`.

@@ -102,7 +102,7 @@ def test_maml_is_the_plain_loop(regression, first_order, learn_lr, steps, activa
 
 def test_maml_flattens_images_and_takes_other_steps():
     torch.manual_seed(0)
-    learner = MAML((16, 8, 3), 0.1, loss="cross_entropy", init_std=None).double()
+    learner = MAML((16, 8, 3), 0.1, loss="cross_entropy").double()
     images, flat = classes(shape=(1, 4, 4)), classes(shape=(16,))
     assert torch.equal(learner(images).logits, learner(flat).logits)
     learner.steps = 0
@@ -115,13 +115,13 @@ def test_maml_flattens_images_and_takes_other_steps():
 
 def test_initial_weights_and_rates():
     torch.manual_seed(0)
-    learner = MAML((1, 400, 400, 1))
+    learner = MAML((1, 400, 400, 1), init_std=0.01)
     values = learner.weights[1].detach()
     # A normal distribution cut off at two deviations has 0.88 of its deviation.
     assert float(values.abs().max()) <= 0.02 and float(values.std()) == pytest.approx(0.0088, rel=0.02)
     assert all(not bias.any() for bias in learner.biases)
     assert learner.lr == 0.01 and len(list(learner.parameters())) == 6
-    he = MAML((784, 256, 5), loss="cross_entropy", init_std=None).weights[0].detach()
+    he = MAML((784, 256, 5), loss="cross_entropy").weights[0].detach()
     assert float(he.std()) == pytest.approx(0.88 * math.sqrt(2 / 784), rel=0.02)
     drawn = set()
     for seed in range(20):
@@ -272,7 +272,9 @@ def test_wrong_arguments_are_named(make, error, message):
 
 def test_representations_name_the_settings():
     text = repr(MAML((1, 4, 1), learn_lr=True, lr=0.02))
-    assert "(1, 4, 1), lr=0.02, steps=1, activation='relu', loss='mse', learn_lr=True, first_order=False" in text
+    assert (
+        "(1, 4, 1), lr=0.02, steps=1, activation='relu', loss='mse', learn_lr=True, first_order=False" in text
+    )
     assert "lr=0.1, steps=5, learn_lr=False, first_order=True" in repr(
         ANIL(nn.Identity(), 4, 3, first_order=True)
     )

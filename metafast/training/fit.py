@@ -354,16 +354,18 @@ class _Run:
         if not (resume and last.exists()):
             return None
         checkpoint = load_checkpoint(last)
+        rows = read_history(self.folder / METRICS, checkpoint["step"])
         best = None
         # Where the two steps are equal, a kill may have come before the best one was written.
-        if checkpoint.get("best_accuracy") is not None and checkpoint["best_step"] != checkpoint["step"]:
+        validated = History(rows, checkpoint["best_step"]).best_validation is not None
+        if validated and checkpoint["best_step"] != checkpoint["step"]:
             best = load_checkpoint(self.folder / BEST)
             if best["step"] != checkpoint["best_step"]:
                 raise CheckpointError(
                     f"resume: {self.folder / BEST} is of step {best['step']}, "
                     f"{last} belongs to one of step {checkpoint['best_step']}"
                 )
-        return checkpoint, best, read_history(self.folder / METRICS, checkpoint["step"])
+        return checkpoint, best, rows
 
     def _begin_files(self) -> None:
         if self.folder is None:
