@@ -362,7 +362,8 @@ class TestFit:
         learner = Line()
         optimizer = torch.optim.SGD(learner.parameters(), lr=1e-12)
         history = fit(
-            learner, lambda step: SinusoidSampler(5, 5)(0), 9, validation=waves, validation_episodes=20, validate_every=1, patience=2,
+            learner, lambda step: SinusoidSampler(5, 5)(0), 9, validation=waves, validation_episodes=20,
+            validate_every=1, patience=2,
             optimizer=optimizer, schedule="constant",
         )  # fmt: skip
         assert history.stopped_early and len(history.rows) < 9
