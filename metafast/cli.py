@@ -15,7 +15,9 @@ import torch
 from metafast import commands, doctor
 from metafast.config import UsageError, nearest, option_names, read_config
 from metafast.learners.protonet import METRICS
-from metafast.sources import ALL, SOURCES, SPLITS
+from metafast.methods import METHODS, methods_with
+from metafast.mlp import ACTIVATIONS
+from metafast.sources import ALL, SINUSOID, SOURCES, SPLITS
 from metafast.training import Interrupted
 from metafast.training.distributed import RankLostError, leave, ranks
 from metafast.training.evaluate import BATCH_NORM_MODES
@@ -43,6 +45,10 @@ TRAIN_EXAMPLES = """examples:
       options from a file (root = "data/birds", ways = [5, 20] ...); the command line wins
   metafast train --data omniglot --root data/omniglot --steps 20000 --resume
       go on with a run that was stopped
+  metafast train --method anil --data omniglot --root data/omniglot --steps 6000
+      a linear head that adapts to each episode in five steps of gradient descent
+  metafast train --method maml --data sinusoid --steps 70000 --schedule cosine --test-steps 1 5 10
+      regression on sine waves: squared error after 1, 5 and 10 steps
   torchrun --nproc-per-node 4 -m metafast train --data omniglot --root data/omniglot --tasks 8
       four processes share out the tasks of each step
 """
@@ -51,6 +57,8 @@ EVALUATE_EXAMPLES = """examples:
   metafast evaluate --checkpoint runs/protonet-glyphs/checkpoint-last.pt --batch-norm transductive
   metafast evaluate --checkpoint runs/birds --data image-folder --root data/insects --split all
       on all classes of other images
+  metafast evaluate --checkpoint runs/maml-sinusoid --shots 5 10 20 --test-steps 1 5 10
+      squared error of a learner of sine waves
   metafast evaluate --checkpoint runs/protonet-glyphs --record result.json --per-episode
       with the accuracy of every episode
 """
@@ -215,21 +223,7 @@ def _parser(name: str, usage: str, description: str, examples: str) -> _Parser:
 
 def _train_parser() -> argparse.ArgumentParser:
     parser = _parser("train", "[options]", "Train a learner, test it and save both.", TRAIN_EXAMPLES)
-    method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=commands.METHODS, default="protonet", help="few-shot method")
-    method.add_argument("--metric", choices=METRICS, default="sqeuclidean", help="distance to the prototypes")
-    method.add_argument(
-        "--temperature",
-        type=_positive_float,
-        metavar="X",
-        help="factor of the distances (default: 10 for cosine, whose distances are small, else 1)",
-    )
-    method.add_argument(
-        "--learn-temperature", action=_Switch, default=False, help="train the temperature too"
-    )
-    method.add_argument(
-        "--channels", type=_positive_int, default=64, metavar="N", help="channels of the Conv4 encoder"
-    )
+    _add_method_options(parser)
     data = _add_data_options(parser, ["glyphs"], "data set, or several that episodes are drawn from")
     data.add_argument(
         "--split",
@@ -254,23 +248,38 @@ def _train_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--skip-corrupt", action=_Switch, default=False, help="leave out files that cannot be read"
     )
+    data.add_argument(
+        "--frequency",
+        type=_positive_float,
+        nargs="+",
+        metavar="X",
+        help=f"of {SINUSOID}: one number, or lowest and highest as of Meta-SGD's 0.8 1.2 (default: 1)",
+    )
     episodes = parser.add_argument_group("training episodes")
     episodes.add_argument(
         "--train-ways",
         type=_ways,
         metavar="N",
-        help="classes per episode (default: 60 for glyphs and omniglot, else 20, or all classes if fewer)",
+        help="classes per episode (default: 5 for methods with a head, else 60 for glyphs and omniglot, 20 for "
+        "others, or all classes if fewer)",
     )
     episodes.add_argument(
-        "--shots", type=_positive_int, default=1, metavar="K", help="support images per class"
+        "--shots",
+        type=_positive_int,
+        metavar="K",
+        help=f"support images per class (default: 1; {SINUSOID}: {commands.WAVE_SHOTS} points)",
     )
     episodes.add_argument(
         "--train-queries",
         type=_positive_int,
         metavar="Q",
-        help=f"query images per class (default: {commands.TRAIN_QUERIES}, or as many as there are)",
+        help=f"query images per class (default: {commands.TRAIN_QUERIES}, or as many as there are; {SINUSOID}: "
+        f"{commands.WAVE_QUERIES} points)",
     )
-    episodes.add_argument("--tasks", type=_positive_int, default=1, metavar="T", help="episodes per step")
+    usual = ", ".join(f"{method.tasks} for {name}" for name, method in METHODS.items() if method.tasks > 1)
+    episodes.add_argument(
+        "--tasks", type=_positive_int, metavar="T", help=f"episodes per step (default: {usual}, else 1)"
+    )
     _add_course_options(parser)
     test = parser.add_argument_group("test")
     _add_test_options(test, "--test-shots", "--test-seed")
@@ -285,6 +294,44 @@ def _train_parser() -> argparse.ArgumentParser:
     files.add_argument("--record", type=Path, metavar="FILE", help="copy result.json to this file too")
     _add_common_options(parser)
     return parser
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Without defaults, so that options of another method can be told from those that were not given."""
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=tuple(METHODS), default="protonet", help="few-shot method")
+
+    def add(name: str, text: str, **options: Any) -> None:
+        group.add_argument(name, help=f"{text} [{methods_with(name[2:].replace('-', '_'))}]", **options)
+
+    number: dict[str, Any] = {"type": _positive_float, "metavar": "X"}
+    add("--channels", "channels of the Conv4 encoder (default: 64)", type=_positive_int, metavar="N")
+    add("--metric", "distance to the prototypes (default: sqeuclidean)", choices=METRICS)
+    add(
+        "--temperature",
+        "factor of the distances (default: 10 for cosine, whose distances are small, else 1)",
+        **number,
+    )
+    add("--learn-temperature", "train the temperature too", action=_Switch)
+    add("--regularisation", "initial factor of the identity in the ridge regression (default: 50)", **number)
+    add("--scale", "initial factor of the logits (default: 10)", **number)
+    add("--hidden", "widths of the hidden layers (default: 40 40 for sinusoid, else 256 128 64 64)",
+        type=_positive_int, nargs="+", metavar="N")  # fmt: skip
+    add("--activation", "of the hidden layers (default: relu)", choices=ACTIVATIONS)
+    add(
+        "--inner-lr",
+        "rate of the inner steps (default: 0.1 for anil, 0.01 for maml; of metasgd the initial one, drawn from "
+        "0.005 to 0.1)",
+        **number,
+    )
+    add("--learn-inner-lr", "train the rate too", action=_Switch)
+    add("--inner-steps", "steps of adaptation (default: 5 for anil, else 1)", type=_count, metavar="N")
+    add(
+        "--init-std",
+        "of the initial weights, such as 0.01 (default: He's square root of 2 / inputs)",
+        **number,
+    )
+    add("--first-order", "take the gradients of the inner steps for constants", action=_Switch)
 
 
 def _add_course_options(parser: argparse.ArgumentParser) -> None:
@@ -447,11 +494,11 @@ def _add_data_options(parser: argparse.ArgumentParser, default: list[str] | None
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
-        choices=tuple(SOURCES),
+        choices=(*SOURCES, SINUSOID),
         nargs="+",
         default=default,
         metavar="NAME",
-        help=f"{text}: {', '.join(SOURCES)}",
+        help=f"{text}: {', '.join((*SOURCES, SINUSOID))}",
     )
     _add_root_option(data, "--root", "folder of the data set's files; one for each data set that has files")
     return data
@@ -467,22 +514,30 @@ def _add_test_options(group: Any, shots: str, seed: str) -> None:
         type=_ways,
         nargs="+",
         metavar="N",
-        help=f"classes per episode (default: {commands.TEST_WAYS}, or all classes if fewer)",
+        help=f"classes per episode (default: {commands.TEST_WAYS}, or all classes if fewer; those of training for "
+        "methods with a head)",
     )
     group.add_argument(
         shots,
         type=_positive_int,
         nargs="+",
-        default=[1],
         metavar="K",
         dest="test_shots",
-        help="support images per class",
+        help=f"support images per class (default: 1; {SINUSOID}: {commands.TEST_WAVE_SHOTS} points)",
+    )
+    group.add_argument(
+        "--test-steps",
+        type=_count,
+        nargs="+",
+        metavar="N",
+        help="inner steps, for methods that adapt in steps (default: those of training)",
     )
     group.add_argument(
         "--queries",
         type=_positive_int,
         metavar="Q",
-        help=f"query images per class (default: {commands.TEST_QUERIES}, or as many as there are)",
+        help=f"query images per class (default: {commands.TEST_QUERIES}, or as many as there are; {SINUSOID}: "
+        f"{commands.TEST_WAVE_QUERIES} points)",
     )
     group.add_argument(
         "--episodes", type=_episode_count, default=1000, metavar="E", help="episodes for each of ways x shots"

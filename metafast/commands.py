@@ -9,32 +9,66 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import metafast
 from metafast._library import keep_pages
-from metafast.backbones import Conv4
 from metafast.config import UsageError
-from metafast.data import Classes, EpisodeSampler, FixedEpisodes, ImageClasses
-from metafast.learners import ProtoNet
-from metafast.sources import ALL, SOURCES, Reading, open_splits, with_roots
+from metafast.data import Classes, EpisodeSampler, FixedEpisodes, ImageClasses, SinusoidSampler
+from metafast.methods import METHODS, OPTIONS, settle_options
+from metafast.sources import (
+    ALL,
+    SINUSOID,
+    SINUSOID_SEEDS,
+    SOURCES,
+    Reading,
+    open_splits,
+    sinusoids,
+    with_roots,
+)
 from metafast.training import CheckpointError, History, analyze, evaluate, fit, load_checkpoint, pictures
-from metafast.training.analyze import inner_steps
+from metafast.training.analyze import inner_steps, with_inner_steps
 from metafast.training.checkpoint import seed_generators
 from metafast.training.distributed import join, ranks
-from metafast.training.evaluate import fixed_episodes
+from metafast.training.evaluate import DEFAULT_EPISODES, fixed_episodes
 from metafast.training.progress import say
 from metafast.training.result import command_line, environment, plain, write_result
 
-METHODS = ("protonet",)
 #: Usual numbers, where the data set has as many classes and images.
 TRAIN_QUERIES, TEST_WAYS, TEST_QUERIES = 5, 5, 15
+#: Usual numbers of points of a sine wave.
+WAVE_SHOTS, WAVE_QUERIES, TEST_WAVE_SHOTS, TEST_WAVE_QUERIES = 10, 10, 5, 100
 
 Options = argparse.Namespace
 Datasets = dict[str, ImageClasses]
+#: Fixed episodes for each data set, number of ways (0 in regression) and number of shots.
+Tests = dict[tuple[str, int, int], FixedEpisodes]
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a learner is trained, chosen and tested on.
+
+    Attributes:
+        train: the sampler of training.
+        validation: None where there are no classes for it.
+        tests: the episodes of each test.
+        settings: what describes the data in a checkpoint.
+        names: of the data sets, in words.
+        text: the same with numbers, for the first line of a run.
+    """
+
+    train: EpisodeSampler | SinusoidSampler
+    validation: FixedEpisodes | None
+    tests: Tests
+    settings: dict[str, Any]
+    names: str
+    text: str
 
 
 def train(options: Options, arguments: Sequence[str]) -> int:
@@ -43,47 +77,18 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     out = options.out or Path("runs") / "-".join([options.method, *options.data])
     device = _prepare(options)
     seed_generators(options.seed)
-    roots = with_roots(options.data, options.root)
-    reading = Reading(
-        options.size,
-        1 if options.grey else None,
-        options.split_seed,
-        options.min_images,
-        options.skip_corrupt,
-    )
-    datasets, reading = open_splits(roots, options.split, reading, device)
-    tests, _ = open_splits(roots, "test", reading, device)
-    _fill_in_numbers(options, datasets, tests)
-    sampler = _made(
-        "training episodes",
-        options,
-        "--train-ways",
-        "--shots or --train-queries",
-        lambda: EpisodeSampler(
-            _one_or_all(datasets),
-            options.train_ways,
-            options.shots,
-            options.train_queries,
-            options.tasks,
-            options.seed,
-        ),
-    )
-    sources = _test_episodes(tests, options)
-    validation = None
-    if options.split == "train":
-        validation = _validation(open_splits(roots, "val", reading, device)[0], options)
-    settings = _settings(options, reading, validation)
-    settings["training_classes"] = _classes_digest(datasets)
-    learner = _learner(settings, device)
-    say(_introduction(options, roots, datasets, device))
-    if validation is None:
+    data = _sinusoid_data(options) if options.data == [SINUSOID] else _image_data(options, device)
+    settings = _settings(options, data)
+    learner = METHODS[options.method].make(settings).to(device)
+    say(_introduction(options, data, device))
+    if data.validation is None:
         say("no validation: trainval leaves no classes for it, so the weights of the last step are tested")
     try:
         history = fit(
             learner,
-            sampler,
+            data.train,
             options.steps,
-            validation=validation,
+            validation=data.validation,
             validation_episodes=options.validation_episodes,
             validate_every=options.validate_every,
             patience=options.patience,
@@ -119,7 +124,7 @@ def train(options: Options, arguments: Sequence[str]) -> int:
         f"testing the weights of step {history.best_step}"
     )
     begin = time.perf_counter()
-    results = _test(learner, sources, options)
+    results = _test(learner, data.tests, options)
     result = {
         "command": command_line(arguments),
         "options": _recorded(options),
@@ -130,7 +135,7 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     if ranks().first:
         write_result(out / "result.json", result)
         files = [out / "result.json", out / "metrics.csv", out / "checkpoint-best.pt"]
-        files += _draw_run(out, f"{options.method} on {_names(roots)}", history, learner, sources, options)
+        files += _draw_run(out, f"{options.method} on {data.names}", history, learner, data, options)
         if options.record is not None:
             write_result(options.record, result)
             files.append(options.record)
@@ -149,8 +154,42 @@ def _check_train_options(options: Options) -> None:
             "--split-seed is for --data image-folder; the other data sets have splits of their own"
         )
     _check_folder("--record", options.record)
-    if options.temperature is None:
-        options.temperature = 10.0 if options.metric == "cosine" else 1.0
+    method = METHODS[options.method]
+    if SINUSOID in options.data:
+        _check_sinusoid_options(options)
+    elif options.frequency is not None:
+        raise UsageError(f"--frequency is for --data {SINUSOID}")
+    settle_options(options)
+    if options.test_steps is None and "inner_steps" in method.options:
+        options.test_steps = [options.inner_steps]
+    elif options.test_steps is not None and "inner_steps" not in method.options:
+        raise UsageError(f"--test-steps: {options.method} does not adapt in steps; leave it out")
+
+
+def _check_sinusoid_options(options: Options) -> None:
+    """Sine waves are regression: nothing about classes and images applies to them."""
+    if options.data != [SINUSOID]:
+        raise UsageError(
+            f"--data: {SINUSOID} is regression and does not go together with data sets of classes"
+        )
+    if not METHODS[options.method].waves:
+        able = " or ".join(name for name, method in METHODS.items() if method.waves)
+        raise UsageError(
+            f"--data {SINUSOID} is regression, which needs --method {able}, got {options.method}"
+        )
+    for name in ("root", "train_ways", "ways", "size", "grey", "split_seed", "skip_corrupt"):
+        if getattr(options, name, None):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: {SINUSOID} has no classes and no images; leave it out"
+            )
+    if getattr(options, "min_images", 1) != 1:
+        raise UsageError(f"--min-images: {SINUSOID} has no classes and no images; leave it out")
+    if options.split not in SINUSOID_SEEDS:
+        raise UsageError(f"--split {options.split}: {SINUSOID} has {', '.join(SINUSOID_SEEDS)}")
+    frequency = getattr(options, "frequency", None) or [1.0]
+    if len(frequency) > 2 or frequency[0] > frequency[-1]:
+        given = " ".join(f"{value:g}" for value in frequency)
+        raise UsageError(f"--frequency: expected one number, or the lowest and the highest, got {given}")
 
 
 def _check_folder(option: str, file: Path | None) -> None:
@@ -187,18 +226,33 @@ def _fewest(datasets: Datasets) -> int:
 def _fill_in_numbers(options: Options, datasets: Datasets, tests: Datasets) -> None:
     """Usual numbers of ways and queries where none were given, as far as the data sets go."""
     if options.train_ways is None:
-        usual = min(SOURCES[name].train_ways for name in datasets)
+        usual = METHODS[options.method].train_ways or min(SOURCES[name].train_ways for name in datasets)
         options.train_ways = min(usual, _fewest(datasets))
+    if options.shots is None:
+        options.shots = 1
     if options.train_queries is None:
         options.train_queries = _at_most(TRAIN_QUERIES, _smallest(datasets) - options.shots)
-    _fill_in_test_numbers(options, tests)
+    _fill_in_test_numbers(options, tests, options.method, options.train_ways)
 
 
-def _fill_in_test_numbers(options: Options, tests: Datasets) -> None:
+def _fill_in_test_numbers(options: Options, tests: Datasets, method: str, train_ways: int) -> None:
+    if METHODS[method].head:
+        _require_head_ways(method, train_ways, options.ways or ())
+        options.ways = [train_ways]
+    if options.test_shots is None:
+        options.test_shots = [1]
     if options.ways is None:
         options.ways = [_at_most(TEST_WAYS, _fewest(tests))]
     if options.queries is None:
         options.queries = _at_most(TEST_QUERIES, _smallest(tests) - max(options.test_shots))
+
+
+def _require_head_ways(method: str, head: int, ways: Sequence[int | None]) -> None:
+    if any(number not in (None, head) for number in ways):
+        raise UsageError(
+            f"--ways: {method} has a head for {head} classes from training (--train-ways), so all episodes are "
+            f"{head}-way"
+        )
 
 
 def _at_most(usual: int, most: int) -> int:
@@ -220,8 +274,7 @@ def _made(title: str, options: Options, ways: str, images: str, make: Callable[[
         raise UsageError(f"{title}: {text}") from error
 
 
-def _test_episodes(tests: Datasets, options: Options) -> dict[tuple[str, int, int], FixedEpisodes]:
-    """Fixed episodes for each data set, number of ways and number of shots."""
+def _test_episodes(tests: Datasets, options: Options) -> Tests:
     return {
         (name, ways, shots): _fixed(dataset, ways, shots, options)
         for name, dataset in tests.items()
@@ -259,17 +312,86 @@ def _validation(datasets: Datasets, options: Options) -> FixedEpisodes:
     return fixed
 
 
-def _settings(options: Options, reading: Reading, validation: FixedEpisodes | None) -> dict[str, Any]:
-    """What the weights depend on besides the arguments of fit: a resumed run must have the same."""
-    names = (
-        "method", "channels", "metric", "temperature", "learn_temperature", "data", "split", "train_ways",
-        "shots", "train_queries", "tasks", "seed",
-    )  # fmt: skip
-    settings = {name: getattr(options, name) for name in names}
-    settings |= {"encoder": "Conv4", "in_channels": reading.channels, "size": reading.size}
+def _image_data(options: Options, device: torch.device) -> _Data:
+    roots = with_roots(options.data, options.root)
+    reading = Reading(
+        options.size,
+        1 if options.grey else None,
+        options.split_seed,
+        options.min_images,
+        options.skip_corrupt,
+    )
+    datasets, reading = open_splits(roots, options.split, reading, device)
+    tests, _ = open_splits(roots, "test", reading, device)
+    _fill_in_numbers(options, datasets, tests)
+    sampler = _made(
+        "training episodes",
+        options,
+        "--train-ways",
+        "--shots or --train-queries",
+        lambda: EpisodeSampler(
+            _one_or_all(datasets),
+            options.train_ways,
+            options.shots,
+            options.train_queries,
+            options.tasks,
+            options.seed,
+        ),
+    )
+    sources = _test_episodes(tests, options)
+    validation = None
+    if options.split == "train":
+        validation = _validation(open_splits(roots, "val", reading, device)[0], options)
+    settings = {"train_ways": options.train_ways, "in_channels": reading.channels, "size": reading.size}
     settings |= {name: getattr(reading, name) for name in ("split_seed", "min_images", "skip_corrupt")}
-    if validation is not None:
-        sampler: Any = validation.sampler
+    settings["training_classes"] = _classes_digest(datasets)
+    size = "x".join(map(str, next(iter(datasets.values())).images.shape[1:]))
+    text = (
+        f"{_names(roots)}: {sum(dataset.num_classes for dataset in datasets.values())} training classes, "
+        f"images {size}, {options.train_ways}-way {options.shots}-shot {options.train_queries}-query training"
+    )
+    return _Data(sampler, validation, sources, settings, _names(roots), text)
+
+
+def _sinusoid_data(options: Options) -> _Data:
+    options.shots = options.shots or WAVE_SHOTS
+    options.train_queries = options.train_queries or WAVE_QUERIES
+    frequency = options.frequency = options.frequency or [1.0]
+    train = sinusoids("train", options.shots, options.train_queries, options.tasks, options.seed, frequency)
+    tests = _sinusoid_tests("test", options, frequency)
+    shots = min(options.test_shots)
+    waves = sinusoids("val", shots, options.queries, 1, options.test_seed, frequency)
+    validation = _fixed_sinusoids(waves, options.validation_episodes)
+    between = " to ".join(f"{value:g}" for value in frequency)
+    text = f"{SINUSOID}: waves of frequency {between}, {options.shots}-shot {options.train_queries}-query training"
+    return _Data(train, validation, tests, {"frequency": frequency}, SINUSOID, text)
+
+
+def _sinusoid_tests(split: str, options: Options, frequency: Sequence[float]) -> Tests:
+    options.test_shots = options.test_shots or [TEST_WAVE_SHOTS]
+    options.queries = options.queries or TEST_WAVE_QUERIES
+    tests = {}
+    for shots in options.test_shots:
+        waves = sinusoids(split, shots, options.queries, 1, options.test_seed, frequency)
+        tests[SINUSOID, 0, shots] = _fixed_sinusoids(waves, options.episodes)
+    return tests
+
+
+def _fixed_sinusoids(waves: SinusoidSampler, count: int) -> FixedEpisodes:
+    return FixedEpisodes(waves, count, batch=DEFAULT_EPISODES)
+
+
+def _settings(options: Options, data: _Data) -> dict[str, Any]:
+    """What the weights depend on besides the arguments of fit: a resumed run must have the same."""
+    method = METHODS[options.method]
+    names = ("method", *(name for name in OPTIONS if name in method.options))
+    names = (*names, "data", "split", "shots", "train_queries", "tasks", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    if "channels" in method.options:
+        settings["encoder"] = "Conv4"
+    settings |= data.settings
+    if data.validation is not None:
+        sampler: Any = data.validation.sampler
         settings["validation"] = {
             name: getattr(sampler, name) for name in ("ways", "shots", "queries", "seed")
         }
@@ -286,12 +408,6 @@ def _classes_digest(datasets: Datasets) -> str:
     return f"{len(lines)}, SHA-256 {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
 
-def _learner(settings: dict[str, Any], device: torch.device) -> ProtoNet:
-    encoder = Conv4(settings["in_channels"], settings["channels"])
-    learner = ProtoNet(encoder, settings["metric"], settings["temperature"], settings["learn_temperature"])
-    return learner.to(device)
-
-
 def _names(roots: Mapping[str, Path]) -> str:
     """The data sets in words; an image folder has its own name."""
     return " and ".join(
@@ -299,35 +415,35 @@ def _names(roots: Mapping[str, Path]) -> str:
     )
 
 
-def _introduction(
-    options: Options, roots: Mapping[str, Path], datasets: Datasets, device: torch.device
-) -> str:
+def _introduction(options: Options, data: _Data, device: torch.device) -> str:
     group = ranks()
     processes = f"{group.count} processes, " if group.count > 1 else ""
-    first = next(iter(datasets.values()))
-    size = "x".join(map(str, first.images.shape[1:]))
+    if "channels" in METHODS[options.method].options:
+        network, norm = f"Conv4-{options.channels}", "batch statistics in BatchNorm, "
+    else:
+        network, norm = f"hidden layers of {' '.join(map(str, options.hidden))}", ""
     return (
-        f"{options.method} with Conv4-{options.channels} on {_names(roots)}: "
-        f"{sum(dataset.num_classes for dataset in datasets.values())} training classes, images {size}, "
-        f"{options.train_ways}-way {options.shots}-shot {options.train_queries}-query training, "
-        f"batch statistics in BatchNorm, {options.precision}, {processes}{device}, "
+        f"{options.method} with {network} on {data.text}, {norm}{options.precision}, {processes}{device}, "
         f"{torch.get_num_threads()} threads"
     )
 
 
-def _test(
-    learner: ProtoNet, sources: dict[tuple[str, int, int], FixedEpisodes], options: Options
-) -> list[dict[str, Any]]:
-    """Accuracies as plain values; each is printed when it is there."""
+def _test(learner: nn.Module, tests: Tests, options: Options) -> list[dict[str, Any]]:
+    """Accuracies, or squared errors, as plain values; each is printed when it is there."""
     results = []
-    several = len({name for name, _, _ in sources}) > 1
-    for (name, ways, shots), episodes in sources.items():
-        title = f"{name} " if several else ""
-        accuracy = evaluate(
-            learner, episodes, batch_norm=options.batch_norm, progress=f"{title}{ways}-way {shots}-shot"
-        )
-        say(f"test {title}{accuracy}")
-        results.append({"data": name, **accuracy.as_dict(per_episode=getattr(options, "per_episode", False))})
+    several = len({name for name, _, _ in tests}) > 1
+    for (name, ways, shots), episodes in tests.items():
+        for steps in options.test_steps or [None]:
+            after = "" if steps is None else f"after {steps} inner step{'s' * (steps != 1)} "
+            title = f"{name} " if several else ""
+            shape = f"{ways}-way {shots}-shot" if ways else f"{shots}-shot"
+            with with_inner_steps(learner, steps):
+                score = evaluate(
+                    learner, episodes, batch_norm=options.batch_norm, progress=f"{title}{after}{shape}"
+                )
+            say(f"test {title}{after}{score}")
+            result = {"data": name} if steps is None else {"data": name, "inner_steps": steps}
+            results.append(result | score.as_dict(per_episode=getattr(options, "per_episode", False)))
     return results
 
 
@@ -337,29 +453,30 @@ def _recorded(options: Options) -> Any:
 
 
 def _draw_run(
-    out: Path,
-    title: str,
-    history: History,
-    learner: ProtoNet,
-    sources: dict[tuple[str, int, int], FixedEpisodes],
-    options: Options,
+    out: Path, title: str, history: History, learner: nn.Module, data: _Data, options: Options
 ) -> list[Path]:
     """The learning curve, and an episode of the first test."""
     if not _can_draw():
         return []
-    curve, episode = out / "learning-curve.png", out / "episode.png"
     validation = history.result["settings"].get("validation")
+    (_, ways, shots), episodes = next(iter(data.tests.items()))
+
+    def shape(ways: int, shots: int) -> str:
+        return f"{ways}-way {shots}-shot" if ways else f"{shots}-shot"
+
+    curve, episode = out / "learning-curve.png", out / ("episode.png" if ways else "adaptation.png")
     pictures.draw_learning_curve(
         history,
         curve,
         title,
-        f"training, {options.train_ways}-way {options.shots}-shot",
-        f"validation, {validation['ways']}-way {validation['shots']}-shot" if validation else "",
+        f"training, {shape(options.train_ways or 0, options.shots)}",
+        f"validation, {shape(validation['ways'], validation['shots'])}" if validation else "",
     )
-    (_, ways, shots), episodes = next(iter(sources.items()))
-    pictures.draw_episode(
-        learner, episodes[0], episode, f"{title}: {ways}-way {shots}-shot test", options.batch_norm
-    )
+    title = f"{title}: {shape(ways, shots)} test"
+    if ways:
+        pictures.draw_episode(learner, episodes[0], episode, title, options.batch_norm)
+    else:
+        pictures.draw_adaptation(learner, episodes, episode, title, (0, *options.test_steps))
     return [curve, episode]
 
 
@@ -370,7 +487,7 @@ def _can_draw() -> bool:
     return False
 
 
-def _load(options: Options) -> tuple[Path, dict[str, Any], ProtoNet, torch.device]:
+def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.device]:
     """The file, the content and the learner of ``--checkpoint``, and the device."""
     if options.checkpoint is None:
         raise UsageError(
@@ -387,9 +504,12 @@ def _load(options: Options) -> tuple[Path, dict[str, Any], ProtoNet, torch.devic
     device = _prepare(options)
     settings = checkpoint["settings"]
     try:
-        learner = _learner(settings, device)
+        learner = METHODS[settings["method"]].make(settings).to(device)
         learner.load_state_dict(checkpoint["model"])
-        _reading(settings), settings["data"], settings["split"]
+        if settings["data"] == [SINUSOID]:
+            settings["frequency"], settings["split"]
+        else:
+            _reading(settings), settings["train_ways"], settings["split"]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UsageError(f"--checkpoint: {path} was not written by metafast train ({error})") from error
     return path, checkpoint, learner, device
@@ -407,10 +527,24 @@ def evaluate_checkpoint(options: Options, arguments: Sequence[str]) -> int:
         raise UsageError("--per-episode writes into the file of --record; give one")
     _, checkpoint, learner, device = _load(options)
     settings = checkpoint["settings"]
+    options.method = settings["method"]
     options.data = options.data or settings["data"]
-    tests, _ = open_splits(with_roots(options.data, options.root), options.split, _reading(settings), device)
-    _fill_in_test_numbers(options, tests)
-    sources = _test_episodes(tests, options)
+    steps = inner_steps(learner)
+    if options.test_steps is None and steps is not None:
+        options.test_steps = [steps]
+    elif options.test_steps is not None and steps is None:
+        raise UsageError(f"--test-steps: {options.method} does not adapt in steps; leave it out")
+    if (SINUSOID in options.data) != (settings["data"] == [SINUSOID]):
+        trained = " ".join(settings["data"])
+        raise UsageError(f"--data: the checkpoint was trained on {trained}, got {' '.join(options.data)}")
+    if SINUSOID in options.data:
+        _check_sinusoid_options(options)
+        sources = _sinusoid_tests(options.split, options, settings["frequency"])
+    else:
+        roots = with_roots(options.data, options.root)
+        tests, _ = open_splits(roots, options.split, _reading(settings), device)
+        _fill_in_test_numbers(options, tests, options.method, settings["train_ways"])
+        sources = _test_episodes(tests, options)
     begin = time.perf_counter()
     results = _test(learner, sources, options)
     if options.record is not None and ranks().first:
@@ -435,6 +569,10 @@ def analyze_checkpoint(options: Options, arguments: Sequence[str]) -> int:
     """``metafast analyze``: the generalisation report of a trained learner."""
     path, checkpoint, learner, device = _load(options)
     settings = checkpoint["settings"]
+    if settings["data"] == [SINUSOID]:
+        raise UsageError(
+            f"--checkpoint: {SINUSOID} is regression; the report is on classes, so use metafast evaluate"
+        )
     out: Path = options.out or path.parent
     if not out.is_dir():
         raise UsageError(f"--out: there is no folder {out}")
@@ -462,6 +600,11 @@ def analyze_checkpoint(options: Options, arguments: Sequence[str]) -> int:
                 f"--shift-root: two of the data sets would be called {shown!r}; rename the folder"
             )
         others[shown] = opened[name]
+    if METHODS[settings["method"]].head:
+        _require_head_ways(
+            settings["method"], settings["train_ways"], (options.ways, *(options.vary_ways or ()))
+        )
+        options.ways = settings["train_ways"]
     if options.ways is None:
         options.ways = min(_at_most(TEST_WAYS, _fewest(part)) for part in (*splits.values(), others) if part)
     if options.queries is None:

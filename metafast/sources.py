@@ -10,13 +10,34 @@ from typing import Any
 import torch
 
 from metafast.config import UsageError
-from metafast.data import ImageClasses, cifar_fs, cub, fc100, glyphs, image_folder, mini_imagenet, omniglot
+from metafast.data import (
+    ImageClasses,
+    SinusoidSampler,
+    cifar_fs,
+    cub,
+    fc100,
+    glyphs,
+    image_folder,
+    mini_imagenet,
+    omniglot,
+)
 
 SPLITS = ("train", "val", "trainval", "test")
 #: Instead of a split: the whole of an image folder.
 ALL = "all"
 #: Classes of the procedural data set, all disjoint: number and first class.
 GLYPHS = {"train": (400, 0), "val": (100, 400), "trainval": (500, 0), "test": (200, 500)}
+#: Regression on sine waves, which has no classes. Its splits are waves of different seeds: what is added to the seed.
+SINUSOID = "sinusoid"
+SINUSOID_SEEDS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
+
+
+def sinusoids(
+    split: str, shots: int, queries: int, tasks: int, seed: int, frequency: Sequence[float]
+) -> SinusoidSampler:
+    """Sine waves of a split; ``frequency`` is one number or a range."""
+    ends = (frequency[0], frequency[-1])
+    return SinusoidSampler(shots, queries, tasks, seed + SINUSOID_SEEDS[split], frequency=ends)
 
 
 @dataclass(frozen=True)

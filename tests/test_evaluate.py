@@ -13,7 +13,7 @@ from torch import nn
 from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, SinusoidSampler, glyphs
 from metafast.learners import Outcome, ProtoNet
-from metafast.training import Accuracies, episode_grid, evaluate
+from metafast.training import Accuracies, SquaredError, episode_grid, evaluate
 from metafast.training import evaluate as evaluate_function
 from metafast.training.evaluate import VALUES_AT_ONCE, confidence_interval, fixed_episodes
 
@@ -188,9 +188,54 @@ class TestSources:
         with pytest.raises(ValueError, match="episodes: expected at least 2, got 0"):
             evaluate(Scripted(), [])
 
-    def test_regression_has_no_accuracy(self):
-        with pytest.raises(ValueError, match="regression tasks, which have no accuracy"):
-            evaluate(Scripted(), SinusoidSampler(5, 5), 2)
+    def test_classes_and_regression_in_one_source(self):
+        wave = SinusoidSampler(5, 5, 2)(0)
+
+        class Either(nn.Module):
+            def forward(self, episodes):
+                return Outcome(torch.tensor(0.0), torch.zeros(2, episodes.query_y.shape[1], 2))
+
+        with pytest.raises(
+            ValueError, match="episodes: expected either classes or regression tasks, got both"
+        ):
+            evaluate(Either(), [scripted_episodes(1, 2), wave])
+
+
+class TestRegression:
+    class Zero(nn.Module):
+        """Predicts 0, or NaN for the wave of this number."""
+
+        wrong = -1
+
+        def forward(self, episodes):
+            predicted = torch.zeros_like(episodes.query_y)
+            if self.wrong >= 0:
+                predicted[self.wrong, 1] = math.nan
+            return Outcome((predicted - episodes.query_y).square().mean(), predicted)
+
+    def test_mean_and_interval_of_the_squared_error(self):
+        waves = FixedEpisodes(SinusoidSampler(5, 7, seed=3), 40, batch=16)
+        score = evaluate(self.Zero(), waves)
+        errors = numpy.concatenate([(batch.query_y.numpy() ** 2).mean((1, 2)) for batch in waves])
+        assert score.per_episode.tolist() == pytest.approx(errors.tolist(), rel=1e-6)
+        assert score.mean == pytest.approx(errors.mean(), rel=1e-6) == score.loss
+        assert score.interval == pytest.approx(1.96 * errors.std(ddof=1) / 40**0.5, rel=1e-6)
+        assert isinstance(score, SquaredError)
+        text = f"MSE {score.mean:.4f} +- {score.interval:.4f} (40 episodes, 5-shot 7-query, no BatchNorm, seed 3)"
+        assert str(score) == text
+        values = score.as_dict(per_episode=True)
+        assert values["mse"] == score.mean and "accuracy" not in values and values["ways"] is None
+        assert len(values["per_episode"]) == 40
+
+    def test_shots_that_differ(self):
+        score = evaluate(self.Zero(), SinusoidSampler((2, 9), 7, 2, seed=1), 20)
+        assert (score.ways, score.shots, score.queries) == (None, None, 7)
+
+    def test_nan_is_an_error(self):
+        learner = self.Zero()
+        learner.wrong = 2
+        with pytest.raises(FloatingPointError, match="1 of 5 episodes hold NaN, those of episode 2 first"):
+            evaluate(learner, SinusoidSampler(5, 5, 5), 5)
 
 
 class TestSeveral:

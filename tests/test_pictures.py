@@ -1,11 +1,13 @@
 """The pictures of a training run."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from metafast.data import Episodes
-from metafast.learners import ProtoNet
+from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, SinusoidSampler, glyphs
+from metafast.learners import MAML, ProtoNet
 from metafast.training import History, Row, pictures
 
 
@@ -30,6 +32,56 @@ def test_learning_curve(tmp_path, steps, validated):
     )
     width, height = size(tmp_path / "curve.png")
     assert width > 2 * height > 800
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_learning_curve_of_regression_has_one_panel(tmp_path, validated):
+    extra = [math.nan, 0.01, 0.5] if validated else []
+    rows = [Row(step, 3.0 / step, math.nan, 1e-3, float(step), *extra) for step in range(1, 60)]
+    pictures.draw_learning_curve(History(rows, 7), tmp_path / "curve.png", "title")
+    width, height = size(tmp_path / "curve.png")
+    assert 400 < height < width < 2 * height
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, (0,)), (2, (1, 0, 1)), (20, (0, 1, 5, 10))])
+def test_adaptation(tmp_path, count, steps):
+    torch.manual_seed(0)
+    learner = MAML((1, 8, 1), steps=3)
+    waves = FixedEpisodes(SinusoidSampler(5, 5), count)
+    pictures.draw_adaptation(learner, waves, tmp_path / "adaptation.png", "title", steps)
+    width, height = size(tmp_path / "adaptation.png")
+    assert width == pytest.approx(min(count, 3) * 546, abs=2) and height == 520
+    assert learner.training and learner.steps == 3
+
+
+def test_adaptation_is_drawn_on_the_true_wave(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    sampler = SinusoidSampler(5, 5)
+    learner = MAML((1, 8, 1), init_std=0.5)
+    pictures.draw_adaptation(learner, FixedEpisodes(sampler, 1), tmp_path / "a.png", "title", (0, 2))
+    wave, before, after, points = figures[0].axes[0].lines
+    plan, episode = sampler.single_plan(0), FixedEpisodes(sampler, 1)[0]
+    x = torch.linspace(-5, 5, 201)
+    expected = plan.amplitude[0] * torch.sin(plan.frequency[0] * x - plan.phase[0])
+    torch.testing.assert_close(torch.as_tensor(wave.get_ydata()), expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.as_tensor(points.get_xdata()), episode.support_x[0, :, 0])
+    torch.testing.assert_close(torch.as_tensor(points.get_ydata()), episode.support_y[0, :, 0])
+    whole = Episodes(
+        episode.support_x, episode.support_y, x[None, :, None], expected.float()[None, :, None], 0
+    )
+    for line, steps in ((before, 0), (after, 2)):
+        learner.steps = steps
+        with torch.no_grad():
+            predicted = learner(whole).logits[0, :, 0]
+        torch.testing.assert_close(torch.as_tensor(line.get_ydata()), predicted, rtol=1e-4, atol=1e-5)
+    assert [line.get_label() for line in (before, after)] == ["before adaptation", "after 2 steps"]
+
+
+def test_adaptation_of_classes(tmp_path):
+    episodes = FixedEpisodes(EpisodeSampler(glyphs(4), 2, 1, 1), 2)
+    with pytest.raises(TypeError, match="waves: expected those of a SinusoidSampler, got EpisodeSampler"):
+        pictures.draw_adaptation(MAML((1, 1)), episodes, tmp_path / "adaptation.png", "title")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from metafast.backbones import Conv4
-from metafast.data import EpisodeSampler, SinusoidSampler, glyphs
+from metafast.data import EpisodeSampler, FixedEpisodes, SinusoidSampler, glyphs
 from metafast.learners import Outcome, ProtoNet
 from metafast.training import (
     CheckpointError,
@@ -63,6 +63,18 @@ def validation():
 def make_learner(seed=0, dropout=0.0):
     torch.manual_seed(seed)
     return ProtoNet(nn.Sequential(Conv4(channels=4), nn.Dropout(dropout)))
+
+
+class Line(nn.Module):
+    """Regression by one slope for all tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(1))
+
+    def forward(self, episodes):
+        predicted = self.slope * episodes.query_x
+        return Outcome((predicted - episodes.query_y).square().mean(), predicted)
 
 
 def weights(learner):
@@ -313,18 +325,49 @@ class TestFit:
         assert str(speed) == "40 episodes/s"
 
     def test_regression_has_no_accuracy(self, tmp_path):
-        class Line(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.slope = nn.Parameter(torch.zeros(1))
-
-            def forward(self, episodes):
-                predicted = self.slope * episodes.query_x
-                return Outcome((predicted - episodes.query_y).square().mean(), predicted)
-
         history = fit(Line(), SinusoidSampler(5, 5, tasks=2), 3, out=tmp_path)
         assert all(math.isnan(row.accuracy) and row.loss > 0 for row in history.rows)
         assert read_history(tmp_path / "metrics.csv", 3)[2].loss == history.rows[2].loss
+
+    def test_regression_is_validated_by_its_squared_error(self, tmp_path, capsys):
+        waves = FixedEpisodes(SinusoidSampler(5, 5, seed=9), 20)
+
+        def run(folder, steps, **options):
+            # A rate so large that it gets worse again.
+            learner = Line()
+            optimizer = torch.optim.SGD(learner.parameters(), lr=0.2)
+            options |= {"validation": waves, "validate_every": 1, "out": folder, "schedule": "constant"}
+            options["validation_episodes"] = 20
+            train = SinusoidSampler(5, 5, tasks=2)
+            return learner, fit(learner, train, steps, optimizer=optimizer, **options)
+
+        learner, history = run(tmp_path / "whole", 8)
+        losses = [row.validation_loss for row in history.validations]
+        assert len(losses) == 8 and history.best_step == 1 + losses.index(min(losses)) < 8
+        best = history.best_validation
+        score = evaluate(learner, waves)
+        assert (score.mean, score.interval) == (best.validation_loss, best.validation_interval)
+        assert math.isnan(best.validation_accuracy) and history.best_accuracy is None
+        result = json.loads((tmp_path / "whole" / "result.json").read_text())
+        assert result["best_validation_loss"] == min(losses)
+        assert result["best_validation_accuracy"] is None
+        assert f"validation MSE {losses[0]:.4f} +- " in capsys.readouterr().out
+        run(tmp_path / "parts", 5)
+        resumed, again = run(tmp_path / "parts", 8, resume=True)
+        assert str(without_time(again.rows)) == str(without_time(history.rows))
+        assert again.best_step == history.best_step
+        assert_same(weights(learner), weights(resumed))
+
+    def test_early_stop_in_regression(self):
+        waves = FixedEpisodes(SinusoidSampler(5, 5, seed=9), 20)
+        learner = Line()
+        optimizer = torch.optim.SGD(learner.parameters(), lr=1e-12)
+        history = fit(
+            learner, lambda step: SinusoidSampler(5, 5)(0), 9, validation=waves, validation_episodes=20,
+            validate_every=1, patience=2,
+            optimizer=optimizer, schedule="constant",
+        )  # fmt: skip
+        assert history.stopped_early and len(history.rows) < 9
 
     def test_allocator_keeps_its_pages(self, train, monkeypatch):
         calls = []

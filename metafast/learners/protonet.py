@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from metafast.data import Episodes
+from metafast.learners._base import EncoderLearner, require_positive
 from metafast.learners.outcome import Outcome
 from metafast.prototype import prototypical_loss
 
 METRICS = ("sqeuclidean", "euclidean", "cityblock", "cosine")
 
 
-class ProtoNet(nn.Module):
+class ProtoNet(EncoderLearner):
     """Prototypical network: the class of the nearest mean of embedded support images.
 
     With the encoder ``f`` and the prototypes ``c_k = mean of f(x) over the support images of class k``,
@@ -46,12 +47,10 @@ class ProtoNet(nn.Module):
         temperature: float = 1.0,
         learn_temperature: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder)
         if metric not in METRICS:
             raise ValueError(f"metric: expected {', '.join(METRICS[:-1])} or {METRICS[-1]}, got {metric!r}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
-        self.encoder = encoder
+        require_positive(temperature, "temperature")
         self.metric = metric
         self._temperature = float(temperature)
         self.log_temperature = (
@@ -62,21 +61,6 @@ class ProtoNet(nn.Module):
     def temperature(self) -> float | Tensor:
         """The factor of the distances: a float, or a 0-d tensor with a gradient where it is learnt."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
-
-    def embed(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """Features ``(support [T, n, d], query [T, m, d])`` from one call of the encoder."""
-        support_x, query_x = episodes.support_x, episodes.query_x
-        tasks, rows = support_x.shape[0], support_x.shape[1] + query_x.shape[1]
-        images = torch.cat([support_x, query_x], dim=1).flatten(0, 1)
-        features: Tensor = self.encoder(images)
-        if features.dim() != 2 or features.shape[0] != tasks * rows:
-            raise ValueError(f"encoder: expected features [{tasks * rows}, d], got {list(features.shape)}")
-        if features.dtype in (torch.float16, torch.bfloat16):
-            features = features.float()
-        support, query = features.reshape(tasks, rows, features.shape[1]).split(
-            [support_x.shape[1], query_x.shape[1]], dim=1
-        )
-        return support, query
 
     def forward(self, episodes: Episodes) -> Outcome:
         support, query = self.embed(episodes)

@@ -329,8 +329,9 @@ def analyze(
         batch_norm: see :func:`~metafast.training.evaluate`.
 
     Raises:
-        ValueError: more ways or images of a class than a data set has, ``vary_steps`` for a learner without
-            inner steps, and what :func:`~metafast.training.evaluate` raises.
+        ValueError: more ways or images of a class than a data set has, other ways than a learner with an attribute
+            ``ways`` has outputs for, ``vary_steps`` for a learner without inner steps, and what
+            :func:`~metafast.training.evaluate` raises.
     """
     notes: list[str] = []
     datasets: dict[str, AnyClasses] = {"test": test}
@@ -348,7 +349,16 @@ def analyze(
         notes.append("no gap: the training classes were not given")
 
     most_ways, most_shots = _limits(test, queries)
-    ways_values = _values("ways", vary_ways, WAYS, ways, most_ways, notes)
+    head = getattr(learner, "ways", None)
+    if head is None:
+        ways_values = _values("ways", vary_ways, WAYS, ways, most_ways, notes)
+    elif any(value != head for value in (ways, *(vary_ways or ()))):
+        raise ValueError(
+            f"ways: {type(learner).__name__} has a head for {head} classes, and takes {head} ways alone"
+        )
+    else:
+        ways_values = [head]
+        notes.append(f"one number of ways: {type(learner).__name__} has a head for {head} classes")
     shots_values = _values("shots", vary_shots, SHOTS, shots, most_shots, notes)
     steps_values = (
         [] if own_steps is None else sorted({*(STEPS if vary_steps is None else vary_steps), own_steps})
@@ -372,7 +382,7 @@ def analyze(
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     for number, (point, source) in enumerate(sources.items(), 1):
         keep = point in (base, parts.get("validation"))
-        with _steps(learner, point.steps):
+        with with_inner_steps(learner, point.steps):
             results[point], kept = _measure(
                 learner, source, batch_norm, f"{number}/{len(sources)} {point}", keep
             )
@@ -431,7 +441,7 @@ def _values(
 
 
 @contextmanager
-def _steps(learner: Any, steps: int | None) -> Iterator[None]:
+def with_inner_steps(learner: Any, steps: int | None) -> Iterator[None]:
     """The learner with this number of inner steps."""
     if steps is None:
         yield
@@ -465,6 +475,7 @@ def _measure(
 
     each_outcome(learner, source, None, take, batch_norm, title, meter.status)
     accuracy = meter.result(batch_norm if batch_norm_layers(learner) else "none", source.seed)
+    assert isinstance(accuracy, Accuracy)
     return accuracy, (ranks().sum(torch.cat(logits)).cpu(), torch.cat(labels).cpu()) if keep else None
 
 

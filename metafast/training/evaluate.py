@@ -1,4 +1,4 @@
-"""Accuracy of a learner over many episodes, with its confidence interval."""
+"""Accuracy, or squared error, of a learner over many episodes, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -30,19 +30,8 @@ Source = Callable[[int], Episodes] | Iterable[Episodes]
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Result of :func:`evaluate`. Accuracies are fractions from 0 to 1; printing shows percent.
-
-    Attributes:
-        mean: mean over the episodes of the fraction of query images that were classified correctly.
-        interval: half-width of the 95 % confidence interval (see :func:`confidence_interval`).
-        episodes: number of episodes ``E``.
-        ways, shots, queries: shape of the episodes; shots and queries are per class. None where they differ.
-        batch_norm: ``"running"`` or ``"transductive"``; ``"none"`` for a learner without BatchNorm layers.
-        seed: seed of the sampler, None for episodes that did not come from one.
-        loss: mean loss over the episodes.
-        per_episode: ``[E]`` float64, the accuracy of every episode in its order.
-    """
+class _Score:
+    """What was measured on many episodes: see :class:`Accuracy` and :class:`SquaredError`."""
 
     mean: float
     interval: float
@@ -55,7 +44,7 @@ class Accuracy:
     loss: float
     per_episode: Tensor
 
-    def __str__(self) -> str:
+    def _conditions(self) -> str:
         parts = [f"{self.episodes} episodes"]
         shape = ((self.ways, "way"), (self.shots, "shot"), (self.queries, "query"))
         if any(number is not None for number, _ in shape):
@@ -63,12 +52,11 @@ class Accuracy:
         parts.append("no BatchNorm" if self.batch_norm == "none" else f"{self.batch_norm} BatchNorm")
         if self.seed is not None:
             parts.append(f"seed {self.seed}")
-        return f"{100 * self.mean:.2f} % +- {100 * self.interval:.2f} ({', '.join(parts)})"
+        return ", ".join(parts)
 
-    def as_dict(self, per_episode: bool = False) -> dict[str, Any]:
-        """Plain values for a JSON file, those of the single episodes only if asked for."""
+    def _as_dict(self, name: str, per_episode: bool) -> dict[str, Any]:
         values: dict[str, Any] = {
-            "accuracy": self.mean,
+            name: self.mean,
             "interval_95": self.interval,
             "episodes": self.episodes,
             "ways": self.ways,
@@ -83,13 +71,54 @@ class Accuracy:
         return values
 
 
-class Accuracies(Mapping[Any, Accuracy]):
+class Accuracy(_Score):
+    """Result of :func:`evaluate`. Accuracies are fractions from 0 to 1; printing shows percent.
+
+    Attributes:
+        mean: mean over the episodes of the fraction of query images that were classified correctly.
+        interval: half-width of the 95 % confidence interval (see :func:`confidence_interval`).
+        episodes: number of episodes ``E``.
+        ways, shots, queries: shape of the episodes; shots and queries are per class. None where they differ.
+        batch_norm: ``"running"`` or ``"transductive"``; ``"none"`` for a learner without BatchNorm layers.
+        seed: seed of the sampler, None for episodes that did not come from one.
+        loss: mean loss over the episodes.
+        per_episode: ``[E]`` float64, the accuracy of every episode in its order.
+    """
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} % +- {100 * self.interval:.2f} ({self._conditions()})"
+
+    def as_dict(self, per_episode: bool = False) -> dict[str, Any]:
+        """Plain values for a JSON file, those of the single episodes only if asked for."""
+        return self._as_dict("accuracy", per_episode)
+
+
+class SquaredError(_Score):
+    """Result of :func:`evaluate` in regression.
+
+    Attributes:
+        mean: mean over the episodes of the mean squared error (MSE) of the query rows' predictions.
+        interval, episodes, batch_norm, seed, loss: as in :class:`Accuracy`.
+        ways: None.
+        shots, queries: support and query rows of an episode. None where they differ.
+        per_episode: ``[E]`` float64, the mean squared error of every episode in its order.
+    """
+
+    def __str__(self) -> str:
+        return f"MSE {self.mean:.4f} +- {self.interval:.4f} ({self._conditions()})"
+
+    def as_dict(self, per_episode: bool = False) -> dict[str, Any]:
+        """Plain values for a JSON file, those of the single episodes only if asked for."""
+        return self._as_dict("mse", per_episode)
+
+
+class Accuracies(Mapping[Any, Accuracy | SquaredError]):
     """Results of :func:`evaluate` for several sources, by their names; printing shows a table."""
 
-    def __init__(self, results: Mapping[Any, Accuracy]) -> None:
+    def __init__(self, results: Mapping[Any, Accuracy | SquaredError]) -> None:
         self._results = dict(results)
 
-    def __getitem__(self, key: Any) -> Accuracy:
+    def __getitem__(self, key: Any) -> Accuracy | SquaredError:
         return self._results[key]
 
     def __iter__(self) -> Iterator[Any]:
@@ -100,11 +129,11 @@ class Accuracies(Mapping[Any, Accuracy]):
 
     def __str__(self) -> str:
         width = max((len(label(key)) for key in self), default=0)
-        return "\n".join(f"{label(key):{width}}  {accuracy}" for key, accuracy in self.items())
+        return "\n".join(f"{label(key):{width}}  {score}" for key, score in self.items())
 
     def as_dict(self, per_episode: bool = False) -> dict[str, dict[str, Any]]:
         """Plain values for a JSON file."""
-        return {label(key): accuracy.as_dict(per_episode) for key, accuracy in self.items()}
+        return {label(key): score.as_dict(per_episode) for key, score in self.items()}
 
 
 def label(key: Any) -> str:
@@ -178,7 +207,7 @@ def evaluate(
     *,
     batch_norm: str = "running",
     progress: str = "evaluation",
-) -> Accuracy: ...
+) -> Accuracy | SquaredError: ...
 
 
 def evaluate(
@@ -188,8 +217,8 @@ def evaluate(
     *,
     batch_norm: str = "running",
     progress: str = "evaluation",
-) -> Accuracy | Accuracies:
-    """Classify the query images of ``count`` episodes.
+) -> Accuracy | SquaredError | Accuracies:
+    """Classify the query images of ``count`` episodes; in regression, predict the targets of the query rows.
 
     Runs under ``torch.no_grad`` (an inner loop may switch gradients on again) and in evaluation mode, and
     puts the training mode of every module back. Running statistics of BatchNorm layers are read or ignored,
@@ -207,12 +236,13 @@ def evaluate(
         progress: title of the progress bar, which appears where standard error is a terminal.
 
     Returns:
-        :class:`Accuracy`, and for a mapping :class:`Accuracies`, a mapping from the same names.
+        :class:`Accuracy`, for regression :class:`SquaredError`, and for a mapping :class:`Accuracies`, a mapping
+        from the same names.
 
     Raises:
         TypeError: ``episodes`` of another kind.
         ValueError: an unknown ``batch_norm``, or ``"running"`` for layers without running statistics; a
-            ``count`` below 2; episodes that end early; episodes of regression, which have no accuracy.
+            ``count`` below 2; episodes that end early; episodes of classes and of regression in one source.
         FloatingPointError: NaN among the logits.
     """
     if isinstance(episodes, Mapping):
@@ -233,39 +263,49 @@ class Meter:
     """Collects what :func:`evaluate` reports, from the outcomes that :func:`each_outcome` gives."""
 
     def __init__(self) -> None:
-        self.correct: list[Tensor] = []
+        # Of each episode, the share of right answers or the mean squared error.
+        self.scores: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.shapes: set[tuple[int, int, int]] = set()
         # Smallest and largest number of support, and of query rows of a class, of each batch.
         self.rows: list[Tensor] = []
+        self.regression = False
         # Episodes that this process has seen the outcomes of.
         self.own = 0
 
     def take(self, episodes: Episodes, outcome: Outcome | None) -> None:
+        if self.shapes and episodes.regression != self.regression:
+            raise ValueError("episodes: expected either classes or regression tasks, got both")
+        self.regression = episodes.regression
         self.shapes.add((episodes.ways, episodes.support_y.shape[1], episodes.query_y.shape[1]))
         self.rows.append(_rows_of_classes(episodes))
         if outcome is None:
             zeros = episodes.support_y.new_zeros(episodes.tasks + 1, dtype=torch.float64)
-            self.correct.append(zeros[1:])
+            self.scores.append(zeros[1:])
             self.losses.append(zeros[0])
             return
         logits = outcome.logits
-        hits = (logits.argmax(-1) == episodes.query_y).double().mean(-1)
-        self.correct.append(torch.where(logits.isnan().any(-1).any(-1), torch.nan, hits))
+        if episodes.regression:
+            each = (logits - episodes.query_y).double().square()
+        else:
+            each = (logits.argmax(-1) == episodes.query_y).double()
+        each = each.flatten(1).mean(-1)
+        self.scores.append(torch.where(logits.isnan().flatten(1).any(-1), torch.nan, each))
         self.losses.append(outcome.loss.double() * episodes.tasks)
         self.own += episodes.tasks
 
     def status(self) -> str:
-        """Loss and accuracy so far."""
+        """Loss, and accuracy, so far."""
         if not self.own:
             return ""
-        loss, hits = float(torch.stack(self.losses).sum()), float(torch.cat(self.correct).sum())
-        return f"loss {loss / self.own:.4f}, accuracy {100 * hits / self.own:.1f} %"
+        loss, hits = float(torch.stack(self.losses).sum()), float(torch.cat(self.scores).sum())
+        text = f"loss {loss / self.own:.4f}"
+        return text if self.regression else f"{text}, accuracy {100 * hits / self.own:.1f} %"
 
-    def result(self, batch_norm: str, seed: int | None) -> Accuracy:
-        """The accuracy over what was taken; on every process over what all of them have taken together."""
+    def result(self, batch_norm: str, seed: int | None) -> Accuracy | SquaredError:
+        """The score over what was taken; on every process over what all of them have taken together."""
         group = ranks()
-        per_episode = group.sum(torch.cat(self.correct)).cpu()
+        per_episode = group.sum(torch.cat(self.scores)).cpu()
         losses = group.sum(torch.stack(self.losses))
         episodes = len(per_episode)
         if per_episode.isnan().any():
@@ -278,11 +318,12 @@ class Meter:
         smallest, largest = low.amin(0).tolist(), high.amax(0).tolist()
         shots, queries = (a if a == b else None for a, b in zip(smallest, largest, strict=True))
         ways = {shape[0] for shape in self.shapes}
-        return Accuracy(
+        kind = SquaredError if self.regression else Accuracy
+        return kind(
             mean=float(per_episode.mean()),
             interval=confidence_interval(per_episode),
             episodes=episodes,
-            ways=ways.pop() if len(ways) == 1 else None,
+            ways=ways.pop() if len(ways) == 1 and not self.regression else None,
             shots=shots,
             queries=queries,
             batch_norm=batch_norm,
@@ -320,10 +361,6 @@ def each_outcome(
     try:
         with torch.no_grad(), evaluation_mode(learner, batch_norm):
             for number, batch in enumerate(batches):
-                if batch.regression:
-                    raise ValueError(
-                        "episodes: expected classes, got regression tasks, which have no accuracy"
-                    )
                 if count is not None and done + batch.tasks > count:
                     batch = batch[: count - done]
                 batch = batch.to(device)
@@ -377,7 +414,13 @@ def check_batch_norm(batch_norm: str, norms: Mapping[str, _BatchNorm]) -> None:
 
 
 def _rows_of_classes(episodes: Episodes) -> Tensor:
-    """Smallest and largest number of rows of a class, ``[2, 2]`` for support and query, on the device."""
+    """Smallest and largest number of rows of a class, ``[2, 2]`` for support and query, on the device.
+
+    Regression has no classes: all rows count.
+    """
+    if episodes.regression:
+        sizes = [labels.shape[1] for labels in (episodes.support_y, episodes.query_y)]
+        return torch.tensor(sizes, device=episodes.device).unsqueeze(-1).expand(2, 2)
     classes = torch.arange(episodes.ways, device=episodes.device)
     counts = [(labels.unsqueeze(-1) == classes).sum(-2) for labels in (episodes.support_y, episodes.query_y)]
     return torch.stack([torch.stack([count.min(), count.max()]) for count in counts])

@@ -39,7 +39,14 @@ from metafast.training.distributed import (
     shared_out,
     synchronised,
 )
-from metafast.training.evaluate import Accuracy, batch_norm_layers, check_batch_norm, evaluate, learner_device
+from metafast.training.evaluate import (
+    Accuracy,
+    SquaredError,
+    batch_norm_layers,
+    check_batch_norm,
+    evaluate,
+    learner_device,
+)
 from metafast.training.events import EventFiles
 from metafast.training.files import remove_leftovers
 from metafast.training.history import History, HistoryFile, Row, read_history
@@ -99,10 +106,10 @@ def fit(
 ) -> History:
     """Train ``learner`` for ``steps`` optimiser steps, each on the episodes of one call ``train(step)``.
 
-    Every ``validate_every`` steps, and after the last, the validation accuracy is measured on the same
-    ``validation_episodes`` episodes and a checkpoint is saved. At the end the learner holds the weights of
-    the best validation (without validation: the last) and is in evaluation mode. :func:`metafast.check` looks
-    at the episodes of the first step.
+    Every ``validate_every`` steps, and after the last, the validation accuracy (in regression, the mean squared
+    error) is measured on the same ``validation_episodes`` episodes and a checkpoint is saved. At the end the
+    learner holds the weights of the best validation (without validation: the last) and is in evaluation mode.
+    :func:`metafast.check` looks at the episodes of the first step.
 
     The folder ``out`` holds
 
@@ -232,7 +239,7 @@ def fit(
         on_step=on_step,
     )
 
-    def validate() -> Accuracy | None:
+    def validate() -> Accuracy | SquaredError | None:
         if validation is None:
             return None
         return evaluate(
@@ -369,16 +376,18 @@ class _Run:
         if not (resume and last.exists()):
             return None
         checkpoint = load_checkpoint(last)
+        rows = read_history(self.folder / METRICS, checkpoint["step"])
         best = None
         # Where the two steps are equal, a kill may have come before the best one was written.
-        if checkpoint.get("best_accuracy") is not None and checkpoint["best_step"] != checkpoint["step"]:
+        validated = History(rows, checkpoint["best_step"]).best_validation is not None
+        if validated and checkpoint["best_step"] != checkpoint["step"]:
             best = load_checkpoint(self.folder / BEST)
             if best["step"] != checkpoint["best_step"]:
                 raise CheckpointError(
                     f"resume: {self.folder / BEST} is of step {best['step']}, "
                     f"{last} belongs to one of step {checkpoint['best_step']}"
                 )
-        return checkpoint, best, read_history(self.folder / METRICS, checkpoint["step"])
+        return checkpoint, best, rows
 
     def _lock(self) -> None:
         """Keep other processes out of the folder, by a lock that the system lets go of when this one dies."""
@@ -464,7 +473,7 @@ class _Run:
         self,
         train: Sampler,
         steps: int,
-        validate: Callable[[], Accuracy | None],
+        validate: Callable[[], Accuracy | SquaredError | None],
         validate_every: int,
         patience: int | None,
     ) -> None:
@@ -519,10 +528,10 @@ class _Run:
                 f"{self.history.best_step}"
             )
 
-    def _end_unvalidated(self, validate: Callable[[], Accuracy | None], steps: int) -> None:
+    def _end_unvalidated(self, validate: Callable[[], Accuracy | SquaredError | None], steps: int) -> None:
         """Complete a run that was stopped between validations at the step that is now to be its last."""
         rows = self.history.rows
-        if math.isnan(rows[-1].validation_accuracy):
+        if math.isnan(rows[-1].validation_loss):
             self.said = len(rows) - 1
             self._validate(validate, steps)
             self.ranks.by_first(lambda: self.file.restart(rows))
@@ -531,7 +540,7 @@ class _Run:
     def _out_of_patience(self, patience: int | None) -> bool:
         rows = self.history.rows
         # Only a validation can exhaust it; counting goes through all rows.
-        if patience is None or not rows or math.isnan(rows[-1].validation_accuracy):
+        if patience is None or not rows or math.isnan(rows[-1].validation_loss):
             return False
         return self.history.validations_since_best >= patience
 
@@ -577,7 +586,7 @@ class _Run:
             self.stop_agreed |= stop > 0
         self.unread.clear()
 
-    def _validate(self, validate: Callable[[], Accuracy | None], steps: int) -> None:
+    def _validate(self, validate: Callable[[], Accuracy | SquaredError | None], steps: int) -> None:
         self._require_finite()
         result, rows = validate(), self.history.rows
         losses = [row.loss for row in rows[self.said :]]
@@ -587,17 +596,22 @@ class _Run:
             say(line)
             self._take_best(None)
             return
+        best, accuracy = self.history.best_validation, None
+        if isinstance(result, Accuracy):
+            accuracy, loss = result.mean, result.loss
+            better = best is None or accuracy > best.validation_accuracy
+        else:
+            loss = result.mean
+            better = best is None or loss < best.validation_loss
         rows[-1] = replace(
             rows[-1],
-            validation_accuracy=result.mean,
+            validation_accuracy=math.nan if accuracy is None else accuracy,
             validation_interval=result.interval,
-            validation_loss=result.loss,
+            validation_loss=loss,
         )
-        best = self.history.best_accuracy
-        better = best is None or result.mean > best
         say(f"{line}  validation {result}{'  best so far' if better else ''}")
         if better:
-            self._take_best(result.mean)
+            self._take_best(accuracy)
 
     def _hand_out(self, bar: Any, speed: Speed) -> None:
         """Pass new rows on, once each and complete with their validation."""
@@ -609,8 +623,11 @@ class _Run:
             text = f"{speed}, loss {new[-1].loss:.4f}"
             if not math.isnan(new[-1].accuracy):
                 text += f", accuracy {100 * new[-1].accuracy:.1f} %"
+            best = self.history.best_validation
             if self.history.best_accuracy is not None:
                 text += f", best validation {100 * self.history.best_accuracy:.2f} %"
+            elif best is not None:
+                text += f", best validation {best.validation_loss:.4f}"
             bar.set_postfix_str(text, refresh=False)
 
     def _take_best(self, accuracy: float | None) -> None:
@@ -708,7 +725,7 @@ class _Run:
             self.learner.load_state_dict(self.best_model)
         self.learner.eval()
         history = self.history
-        best = next((row for row in history.validations if row.step == history.best_step), None)
+        best = history.best_validation
         history.result = {
             "settings": plain(self.settings),
             "fit": {**self.recorded, **arguments},
@@ -720,6 +737,7 @@ class _Run:
             "train_seconds": round(history.seconds, 1),
             "best_step": history.best_step,
             "best_validation_accuracy": history.best_accuracy,
+            "best_validation_loss": None if best is None else best.validation_loss,
             "best_validation_interval": None if best is None else best.validation_interval,
         }
         if self.folder is not None:

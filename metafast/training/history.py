@@ -22,7 +22,8 @@ class Row:
             regression.
         learning_rate: of the first parameter group, used by this step's update.
         seconds: wall time of training and validation so far, resumed runs added up.
-        validation_accuracy, validation_interval, validation_loss: after this step's update.
+        validation_accuracy, validation_interval, validation_loss: after this step's update. In regression there is no
+            accuracy, the loss is the mean squared error, and the interval is that of the loss.
     """
 
     step: int
@@ -45,7 +46,7 @@ class History:
     Attributes:
         rows: every step since the first, those before a resume included.
         best_step: the step whose weights the learner holds now.
-        best_accuracy: validation accuracy of that step, None without validation.
+        best_accuracy: validation accuracy of that step, None without validation and in regression.
         stopped_early: whether training ended because validation got no better, before its last step.
         result: what was run, on what, how long and what came out, as plain values (see ``result.json`` in
             :func:`metafast.training.fit`).
@@ -65,7 +66,14 @@ class History:
     @property
     def validations(self) -> list[Row]:
         """The rows that hold a validation."""
-        return [row for row in self.rows if not math.isnan(row.validation_accuracy)]
+        return [row for row in self.rows if not math.isnan(row.validation_loss)]
+
+    @property
+    def best_validation(self) -> Row | None:
+        """The row of ``best_step``, None without validation."""
+        # Rows are those of the steps 1, 2, 3 ...
+        row = self.rows[self.best_step - 1] if 0 < self.best_step <= len(self.rows) else None
+        return None if row is None or math.isnan(row.validation_loss) else row
 
     @property
     def validations_since_best(self) -> int:

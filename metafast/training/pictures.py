@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
-from metafast.data import Episodes
-from metafast.training.analyze import Report
+from metafast.data import Episodes, FixedEpisodes, SinusoidSampler
+from metafast.training.analyze import Report, with_inner_steps
 from metafast.training.evaluate import Accuracy, evaluation_mode, learner_device
 from metafast.training.files import write_atomically
 from metafast.training.history import History, Row
@@ -36,27 +39,36 @@ def draw_learning_curve(
     train_label: str = "training",
     validation_label: str = "validation",
 ) -> None:
-    """Loss, and accuracy with its 95 % interval in validation, against the steps."""
+    """Loss, and accuracy with its 95 % interval in validation, against the steps; regression has a loss alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure = _figure(10.0, 4.2)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
-    left, right = figure.subplots(1, 2)
     rows, checks = history.rows, history.validations
-    loss, accuracy = [row.loss for row in rows], [100 * row.accuracy for row in rows]
-    window = max(1, len(rows) // 50)
+    regression = math.isnan(rows[0].accuracy)
+    figure = _figure(6.0 if regression else 10.0, 4.2)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
+    panels = figure.subplots(1, 1 if regression else 2, squeeze=False)[0]
+    left = panels[0]
+    loss, window = [row.loss for row in rows], max(1, len(rows) // 50)
     _curve(left, rows, loss, window, train_label)
-    _curve(right, rows, accuracy, window, train_label)
     if checks:
         steps = [row.step for row in checks]
         left.plot(
             steps, [row.validation_loss for row in checks], "o-", color=ORANGE, ms=4, label=validation_label
         )
+    best = history.best_validation
+    if not regression:
+        right, accuracy = panels[1], [100 * row.accuracy for row in rows]
+        _curve(right, rows, accuracy, window, train_label)
+        right.set_ylabel("accuracy in %")
+        right.set_ylim(*_limits(accuracy))
+    elif best is not None:
+        text = f"best {best.validation_loss:.4f} at step {best.step}"
+        left.axvline(best.step, color=GREY, lw=0.8, ls=":", label=text)
+    if checks and not regression:
         means = numpy.array([100 * row.validation_accuracy for row in checks])
         interval = numpy.array([100 * row.validation_interval for row in checks])
         right.fill_between(steps, means - interval, means + interval, color=ORANGE, alpha=0.25, lw=0)
         right.plot(steps, means, "o-", color=ORANGE, ms=4, label=f"{validation_label}, 95 % interval")
-        best = next((row for row in checks if row.step == history.best_step), None)
         if best is not None:
             text = f"best {100 * best.validation_accuracy:.2f} % at step {best.step}"
             right.axvline(best.step, color=GREY, lw=0.8, ls=":", label=text)
@@ -66,17 +78,16 @@ def draw_learning_curve(
         left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         left.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    left.set_ylabel("loss")
-    right.set_ylabel("accuracy in %")
-    right.set_ylim(*_limits(accuracy))
-    for axes in (left, right):
+    left.set_ylabel("squared error" if regression else "loss")
+    for axes in panels:
         axes.set_xlabel("step")
         axes.grid(True, color="#e4e4e4", lw=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, 1.02 * max(rows[-1].step, 2))
     left.legend(frameon=False, fontsize=9, loc="upper right")
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+    if not regression:
+        right.legend(frameon=False, fontsize=9, loc="lower right")
     _save(figure, path)
 
 
@@ -178,6 +189,70 @@ def draw_episode(
     ):
         note += f"   (shown: {ways} of {episodes.ways} classes, their first {shots} and {queries} images)"
     write(0.1, 0.2, note, fontsize=9, va="center", color=GREY)
+    _save(figure, path)
+
+
+def draw_adaptation(
+    learner: nn.Module,
+    waves: FixedEpisodes,
+    path: str | os.PathLike[str],
+    title: str,
+    steps: Sequence[int] = (0, 1, 10),
+) -> None:
+    """Three sine waves: the true wave, the support points, and the predictions after numbers of inner steps.
+
+    Args:
+        learner: with an attribute ``steps``, such as :class:`metafast.learners.MAML`.
+        waves: episodes of a :class:`metafast.data.SinusoidSampler`, of which the first are drawn.
+    """
+    sampler = waves.sampler
+    if not isinstance(sampler, SinusoidSampler):
+        raise TypeError(f"waves: expected those of a SinusoidSampler, got {type(sampler).__name__}")
+    plan = sampler._joined([sampler.single_plan(number) for number in range(min(3, waves.count))])
+    # The support points stay, and all along the axis there is a query point.
+    grid = numpy.broadcast_to(numpy.linspace(*sampler.x_range, 201), (len(plan.x), 201))
+    plan = replace(plan, x=numpy.concatenate([plan.x[:, : plan.shots], grid], axis=1))
+    episodes = sampler._episodes(plan).to(learner_device(learner))
+    curves = {}
+    training = learner.training
+    learner.eval()
+    try:
+        for number in sorted(set(steps)):
+            with torch.no_grad(), with_inner_steps(learner, number):
+                curves[number] = learner(episodes).logits.cpu()
+    finally:
+        learner.train(training)
+    episodes = episodes.to("cpu")
+    figure = _figure(4.2 * episodes.tasks, 4.0)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", fontweight="bold")
+    colours = (GREY, ORANGE, GREEN, BLUE)
+    panels = figure.subplots(1, episodes.tasks, squeeze=False)[0]
+    for task, axes in enumerate(panels):
+        x = episodes.query_x[task, :, 0]
+        axes.plot(x, episodes.query_y[task, :, 0], color=RED, lw=1.8, label="true wave")
+        for place, (number, curve) in enumerate(curves.items()):
+            last = place == len(curves) - 1
+            name = "before adaptation" if number == 0 else f"after {number} step{'s' * (number != 1)}"
+            colour = colours[-1] if last and number else colours[min(place, len(colours) - 2)]
+            axes.plot(
+                x, curve[task, :, 0], color=colour, lw=1.5, ls="-" if last and number else "--", label=name
+            )
+        axes.plot(
+            episodes.support_x[task, :, 0],
+            episodes.support_y[task, :, 0],
+            "^",
+            color="black",
+            ms=6,
+            label="support points",
+        )
+        # A loop that diverges for more steps than it was trained for must not flatten the waves.
+        high = 1.6 * float(episodes.query_y[task].abs().max()) + 0.5
+        axes.set_ylim(-high, high)
+        axes.set_xlabel("x")
+        _panel(axes, f"wave {task + 1}")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=6, loc="outside lower left"
+    )
     _save(figure, path)
 
 

@@ -1,0 +1,280 @@
+"""MAML, Meta-SGD, ANIL and R2D2 against plain loops over the tasks, with torch.autograd through the steps."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
+
+from metafast.backbones import Conv4
+from metafast.data import Episodes, SinusoidSampler
+from metafast.learners import ANIL, MAML, R2D2
+
+
+def classes(tasks=3, ways=3, shots=2, queries=4, shape=(5,), seed=0):
+    random = torch.Generator().manual_seed(seed)
+
+    def part(rows):
+        x = torch.randn(tasks, ways * rows, *shape, generator=random, dtype=torch.float64)
+        order = [torch.randperm(ways * rows, generator=random) for _ in range(tasks)]
+        return x, torch.stack([torch.arange(ways).repeat(rows)[permutation] for permutation in order])
+
+    return Episodes(*part(shots), *part(queries), ways)
+
+
+def waves(tasks=3):
+    batch = SinusoidSampler(5, 7, tasks)(0)
+    return Episodes(
+        *(getattr(batch, name).double() for name in ("support_x", "support_y", "query_x", "query_y")), 0
+    )
+
+
+def each(episodes):
+    return zip(episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y, strict=True)
+
+
+def descend(parameters, loss, rates, steps, first_order):
+    """Gradient descent that can be differentiated; ``parameters`` and ``rates`` are lists."""
+    for _ in range(steps):
+        gradients = torch.autograd.grad(loss(parameters), parameters, create_graph=not first_order)
+        pairs = zip(parameters, rates, gradients, strict=True)
+        parameters = [value - rate * gradient for value, rate, gradient in pairs]
+    return parameters
+
+
+def network(parameters, x, activation):
+    half = len(parameters) // 2
+    for k in range(half):
+        x = linear(x, parameters[k], parameters[half + k])
+        x = getattr(torch, activation)(x) if k < half - 1 else x
+    return x
+
+
+def assert_same_training(learner, episodes, loss, logits):
+    """The outcome of the learner is this, and so are the gradients of all its parameters."""
+    outcome = learner(episodes)
+    torch.testing.assert_close(outcome.logits, logits, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outcome.loss, loss, rtol=1e-9, atol=1e-12)
+    named = dict(learner.named_parameters())
+    found = torch.autograd.grad(outcome.loss, list(named.values()), allow_unused=True)
+    wanted = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    for name, got, want in zip(named, found, wanted, strict=True):
+        assert got is not None and want is not None, name
+        torch.testing.assert_close(
+            got, want, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("regression", [True, False], ids=["waves", "classes"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("learn_lr", [False, True])
+@pytest.mark.parametrize(("steps", "activation"), [(1, "relu"), (3, "tanh")])
+def test_maml_is_the_plain_loop(regression, first_order, learn_lr, steps, activation):
+    torch.manual_seed(0)
+    episodes = waves() if regression else classes()
+    widths = (1, 6, 4, 1) if regression else (5, 6, 4, 3)
+    criterion = mse_loss if regression else cross_entropy
+    learner = MAML(
+        widths,
+        0.05,
+        steps,
+        activation=activation,
+        loss="mse" if regression else "cross_entropy",
+        learn_lr=learn_lr,
+        first_order=first_order,
+        init_std=0.5,
+    ).double()
+    parameters = [*learner.weights, *learner.biases]
+    rates = [*learner.lr[0], *learner.lr[1]] if learn_lr else [0.05] * len(parameters)
+    assert all(rate.shape == value.shape for rate, value in zip(rates, parameters, strict=True) if learn_lr)
+    outputs, losses = [], []
+    for support_x, support_y, query_x, query_y in each(episodes):
+
+        def loss(values, support_x=support_x, support_y=support_y):
+            return criterion(network(values, support_x, activation), support_y)
+
+        adapted = descend(parameters, loss, rates, steps, first_order)
+        outputs.append(network(adapted, query_x, activation))
+        losses.append(criterion(outputs[-1], query_y))
+    assert_same_training(learner, episodes, torch.stack(losses).mean(), torch.stack(outputs))
+
+
+def test_maml_flattens_images_and_takes_other_steps():
+    torch.manual_seed(0)
+    learner = MAML((16, 8, 3), 0.1, loss="cross_entropy").double()
+    images, flat = classes(shape=(1, 4, 4)), classes(shape=(16,))
+    assert torch.equal(learner(images).logits, learner(flat).logits)
+    learner.steps = 0
+    before = learner(flat).logits
+    torch.testing.assert_close(before, network([*learner.weights, *learner.biases], flat.query_x, "relu"))
+    learner.steps = 20
+    with torch.no_grad():
+        assert learner(flat).loss.isfinite() and not torch.equal(learner(flat).logits, before)
+
+
+def test_initial_weights_and_rates():
+    torch.manual_seed(0)
+    learner = MAML((1, 400, 400, 1), init_std=0.01)
+    values = learner.weights[1].detach()
+    # A normal distribution cut off at two deviations has 0.88 of its deviation.
+    assert float(values.abs().max()) <= 0.02 and float(values.std()) == pytest.approx(0.0088, rel=0.02)
+    assert all(not bias.any() for bias in learner.biases)
+    assert learner.lr == 0.01 and len(list(learner.parameters())) == 6
+    he = MAML((784, 256, 5), loss="cross_entropy").weights[0].detach()
+    assert float(he.std()) == pytest.approx(0.88 * math.sqrt(2 / 784), rel=0.02)
+    drawn = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rates = torch.cat(
+            [rate.detach().flatten() for part in MAML((1, 4, 1), learn_lr=True).lr for rate in part]
+        )
+        assert rates.unique().numel() == 1 and 0.005 <= float(rates[0]) <= 0.1
+        drawn.add(float(rates[0]))
+    assert len(drawn) == 20
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("learn_lr", [False, True])
+def test_anil_is_the_plain_loop(first_order, learn_lr):
+    torch.manual_seed(0)
+    episodes = classes()
+    learner = ANIL(nn.Linear(5, 4), 4, 3, 0.3, 4, learn_lr=learn_lr, first_order=first_order).double()
+    outputs, losses = [], []
+    for support_x, support_y, query_x, query_y in each(episodes):
+        support, query = learner.encoder(support_x), learner.encoder(query_x)
+
+        def loss(values, support=support, support_y=support_y):
+            return cross_entropy(linear(support, *values), support_y)
+
+        adapted = descend([learner.head.weight, learner.head.bias], loss, [learner.lr] * 2, 4, first_order)
+        outputs.append(linear(query, *adapted))
+        losses.append(cross_entropy(outputs[-1], query_y))
+    assert_same_training(learner, episodes, torch.stack(losses).mean(), torch.stack(outputs))
+    assert isinstance(learner.lr, nn.Parameter) == learn_lr
+
+
+def test_r2d2_is_its_formula():
+    torch.manual_seed(0)
+    episodes = classes(shots=3)
+    learner = R2D2(nn.Linear(5, 4), regularisation=0.7, scale=3.0).double()
+    with torch.no_grad():
+        learner.offset.fill_(0.25)
+    outputs = []
+    for support_x, support_y, query_x, _ in each(episodes):
+        z, query = (
+            torch.cat([learner.encoder(x), torch.ones(len(x), 1, dtype=x.dtype)], 1)
+            for x in (support_x, query_x)
+        )
+        # As in the source's code: features and labels divided by the square root of the number of rows.
+        z, y = z / math.sqrt(len(z)), one_hot(support_y, 3).double() / math.sqrt(len(z))
+        eye = torch.eye(z.shape[1], dtype=z.dtype)
+        w = torch.linalg.solve(z.T @ z + learner.log_regularisation.exp() * eye, z.T @ y)
+        outputs.append(learner.scale * (query @ w) + learner.offset)
+    logits = torch.stack(outputs)
+    loss = cross_entropy(logits.flatten(0, 1), episodes.query_y.flatten())
+    assert float(learner.log_regularisation.exp()) == pytest.approx(0.7, rel=1e-6)
+    assert_same_training(learner, episodes, loss, logits)
+    assert learner(classes(ways=5)).logits.shape == (3, 20, 5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda encoder: ANIL(encoder, 8, 3, learn_lr=True), R2D2],
+    ids=["anil", "r2d2"],
+)
+def test_under_autocast_the_head_computes_in_float32(make):
+    torch.manual_seed(0)
+    learner = make(Conv4(channels=8))
+    batch = classes(shape=(1, 16, 16))
+    batch = Episodes(batch.support_x.float(), batch.support_y, batch.query_x.float(), batch.query_y, 3)
+    exact = learner(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = learner(batch)
+    assert loss.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(loss, exact.loss, rtol=0.05, atol=0.05)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in learner.parameters())
+
+
+def test_maml_computes_in_float32_under_autocast():
+    torch.manual_seed(0)
+    learner, batch = MAML((1, 8, 1), init_std=0.5), SinusoidSampler(5, 5, 2)(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = learner(batch)
+    assert torch.equal(logits, learner(batch).logits) and torch.equal(loss, learner(batch).loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MAML([4]), ValueError, r"widths: expected those of the inputs and of each layer, got \[4\]"),
+        (lambda: MAML((1, 0, 1)), ValueError, r"widths\[1\]: expected at least 1, got 0"),
+        (lambda: MAML((1, 4.0, 1)), TypeError, r"widths\[1\]: expected an int, got float"),
+        (lambda: MAML((1, 1), -1.0), ValueError, "lr: expected a positive finite number, got -1.0"),
+        (lambda: MAML((1, 1), steps=-1), ValueError, "steps: expected 0 or more, got -1"),
+        (lambda: MAML((1, 1), activation="elu"), ValueError, "activation: expected relu or tanh, got 'elu'"),
+        (lambda: MAML((1, 1), loss="l1"), ValueError, "loss: expected cross_entropy or mse, got 'l1'"),
+        (
+            lambda: MAML((1, 1), init_std=0.0),
+            ValueError,
+            "init_std: expected a positive finite number, got 0.0",
+        ),
+        (lambda: ANIL(nn.Identity(), 5, 0), ValueError, "ways: expected at least 1, got 0"),
+        (
+            lambda: ANIL(nn.Identity(), 5, 3, math.nan),
+            ValueError,
+            "lr: expected a positive finite number, got nan",
+        ),
+        (lambda: ANIL(nn.Identity(), 5, 3, 0.1, 1.0), TypeError, "steps: expected an int, got float"),
+        (
+            lambda: R2D2(nn.Identity(), 0.0),
+            ValueError,
+            "regularisation: expected a positive finite number, got 0.0",
+        ),
+        (
+            lambda: R2D2(nn.Identity(), scale=-1),
+            ValueError,
+            "scale: expected a positive finite number, got -1",
+        ),
+        (
+            lambda: MAML((1, 1))(classes()),
+            ValueError,
+            "expected regression tasks for the loss 'mse', got 3 ways",
+        ),
+        (
+            lambda: MAML((5, 4), loss="cross_entropy").double()(classes()),
+            ValueError,
+            "episodes: expected 4 ways, the outputs of the head, got 3",
+        ),
+        (
+            lambda: MAML((1, 4), loss="cross_entropy")(waves()),
+            ValueError,
+            "episodes: expected classes, got regression tasks",
+        ),
+        (
+            lambda: ANIL(nn.Identity(), 5, 4).double()(classes()),
+            ValueError,
+            "episodes: expected 4 ways, the outputs of the head, got 3",
+        ),
+        (lambda: ANIL(nn.Identity(), 6, 3)(classes()), ValueError, "encoder: expected 6 features, got 5"),
+        (
+            lambda: R2D2(nn.Identity())(waves()),
+            ValueError,
+            "episodes: expected classes, got regression tasks",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_representations_name_the_settings():
+    text = repr(MAML((1, 4, 1), learn_lr=True, lr=0.02))
+    assert (
+        "(1, 4, 1), lr=0.02, steps=1, activation='relu', loss='mse', learn_lr=True, first_order=False" in text
+    )
+    assert "lr=0.1, steps=5, learn_lr=False, first_order=True" in repr(
+        ANIL(nn.Identity(), 4, 3, first_order=True)
+    )

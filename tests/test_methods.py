@@ -1,0 +1,266 @@
+"""The methods of the command line, and sine waves."""
+
+import json
+
+import pytest
+import torch
+
+from metafast import cli, sources
+from metafast.methods import METHODS, OPTIONS
+from metafast.training import load_checkpoint, pictures
+
+COMMON = [
+    "--steps",
+    "3",
+    "--validate-every",
+    "2",
+    "--validation-episodes",
+    "4",
+    "--threads",
+    "1",
+    "--episodes",
+    "4",
+]
+GLYPHS = ["train", "--data", "glyphs", "--size", "16", "--queries", "2", "--train-queries", "2", *COMMON]
+WAVES = ["train", "--data", "sinusoid", "--hidden", "6", "4", "--queries", "20", *COMMON]
+SMALL = {
+    "protonet": ["--channels", "4", "--train-ways", "4"],
+    "anil": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--learn-inner-lr"],
+    "r2d2": ["--channels", "4", "--train-ways", "4", "--ways", "3"],
+    "maml": [
+        "--hidden",
+        "6",
+        "--train-ways",
+        "4",
+        "--tasks",
+        "2",
+        "--activation",
+        "tanh",
+        "--init-std",
+        "0.3",
+    ],
+    "metasgd": ["--hidden", "6", "--train-ways", "4", "--tasks", "2", "--first-order"],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_and_fast(monkeypatch):
+    monkeypatch.setattr(
+        sources, "GLYPHS", {"train": (8, 0), "val": (4, 8), "trainval": (12, 0), "test": (6, 12)}
+    )
+    monkeypatch.setattr(pictures, "have_matplotlib", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def refused(arguments, capsys):
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"metafast {arguments[0]}: error: ")
+    return printed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_from_training_to_evaluation(method, tmp_path, capsys):
+    assert cli.main([*GLYPHS, "--method", method, *SMALL[method], "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    own = METHODS[method].options
+    assert {name for name in OPTIONS if name in result["settings"]} == own.keys()
+    assert all(result["options"][name] is None for name in OPTIONS if name not in own)
+    (test,) = result["tests"]
+    assert test["ways"] == (3 if method == "r2d2" else 4 if METHODS[method].head else 5)
+    assert test.get("inner_steps") == own.get("inner_steps")
+    record = tmp_path / "again.json"
+    arguments = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--queries", "2", "--episodes", "4"]
+    if method == "r2d2":
+        arguments += ["--ways", "3"]
+    assert cli.main([*arguments, "--record", str(record)]) == 0
+    assert json.loads(record.read_text())["tests"] == [test]
+    if METHODS[method].head:
+        error = refused([*arguments, "--ways", "5"], capsys)
+        assert (
+            f"--ways: {method} has a head for 4 classes from training (--train-ways), so all episodes are 4"
+            in error
+        )
+        assert cli.main([*arguments, "--test-steps", "0", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert "test after 0 inner steps " in printed and "test after 2 inner steps " in printed
+    else:
+        error = refused([*arguments, "--test-steps", "2"], capsys)
+        assert f"--test-steps: {method} does not adapt in steps; leave it out" in error
+
+
+@pytest.mark.parametrize("method", ["maml", "metasgd"])
+def test_sine_waves_from_training_to_evaluation(method, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(pictures, "have_matplotlib", lambda: True)
+    record, run = tmp_path / "record.json", tmp_path / "run"
+    train = [
+        *WAVES,
+        "--method",
+        method,
+        "--frequency",
+        "0.8",
+        "1.2",
+        "--test-steps",
+        "0",
+        "1",
+        "3",
+        "--out",
+        str(run),
+    ]
+    assert cli.main([*train, "--record", str(record)]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"{method} with hidden layers of 6 4 on sinusoid: waves of frequency 0.8 to 1.2, 10-shot 10-query"
+        in printed
+    )
+    assert "test after 1 inner step MSE " in printed and "test after 3 inner steps MSE " in printed
+    result = json.loads(record.read_text())
+    assert [(test["inner_steps"], test["shots"], test["queries"]) for test in result["tests"]] == [
+        (0, 5, 20), (1, 5, 20), (3, 5, 20),
+    ]  # fmt: skip
+    assert all(test["mse"] > 0 and test["interval_95"] > 0 for test in result["tests"])
+    assert result["options"]["tasks"] == 25 and result["settings"]["frequency"] == [0.8, 1.2]
+    assert result["best_validation_loss"] > 0 and result["best_validation_accuracy"] is None
+    for name in ("learning-curve.png", "adaptation.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG") and str(run / name) in printed
+    evaluation = [
+        "evaluate",
+        "--checkpoint",
+        str(run),
+        "--queries",
+        "20",
+        "--episodes",
+        "4",
+        "--record",
+        str(record),
+    ]
+    assert cli.main([*evaluation, "--test-steps", "0", "1", "3"]) == 0
+    assert json.loads(record.read_text())["tests"] == result["tests"]
+    assert cli.main([*evaluation, "--shots", "5", "10"]) == 0
+    tests = json.loads(record.read_text())["tests"]
+    assert [(test["shots"], test["inner_steps"]) for test in tests] == [(5, 1), (10, 1)]
+    assert cli.main([*train, "--steps", "4", "--resume"]) == 0
+    assert load_checkpoint(run / "checkpoint-last.pt")["step"] == 4
+
+
+def test_meta_sgd_trains_its_rates_from_one_draw(tmp_path):
+    drawn = []
+    for seed in ("1", "2"):
+        run = tmp_path / seed
+        arguments = [*WAVES, "--method", "metasgd", "--seed", seed, "--lr", "1e-30", "--out", str(run)]
+        assert cli.main(arguments) == 0
+        model = load_checkpoint(run / "checkpoint-last.pt")["model"]
+        names = [name for name in model if "rates" in name]
+        rates = torch.cat([model[name].flatten() for name in names])
+        assert len(names) == 6 and rates.unique().numel() == 1
+        drawn.append(float(rates[0]))
+    assert drawn[0] != drawn[1]
+    assert cli.main([*WAVES, "--method", "metasgd", "--inner-lr", "0.02", "--out", str(tmp_path / "3")]) == 0
+    model = load_checkpoint(tmp_path / "3" / "checkpoint-last.pt")["model"]
+    rates = torch.cat([model[name].flatten() for name in model if "rates" in name])
+    assert rates.unique().numel() > 1
+    torch.testing.assert_close(rates, torch.full_like(rates, 0.02), rtol=0, atol=0.004)
+
+
+def test_the_splits_of_sine_waves_share_none():
+    amplitudes = [
+        float(sources.sinusoids(split, 5, 5, 1, 0, [1.0]).single_plan(0).amplitude[0])
+        for split in sources.SINUSOID_SEEDS
+    ]
+    assert len(set(amplitudes)) == 3
+    one = sources.sinusoids("test", 5, 5, 3, 7, [0.8, 1.2]).plan(0)
+    assert len(set(one.frequency)) == 3 and all(0.8 <= value <= 1.2 for value in one.frequency)
+
+
+def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main([*GLYPHS, "--method", "anil", *SMALL["anil"], "--out", str(run)]) == 0
+    analyze = ["analyze", "--checkpoint", str(run), "--queries", "2", "--episodes", "4", "--vary-shots", "1"]
+    assert cli.main([*analyze, "--vary-steps", "0", "2"]) == 0
+    report = json.loads((run / "generalisation.json").read_text())
+    assert [point["ways"] for point in report["by_ways"]] == [4]
+    assert [point["steps"] for point in report["by_steps"]] == [0, 2, 5]
+    assert "one number of ways: ANIL has a head for 4 classes" in report["notes"]
+    assert "has a head for 4 classes" in refused([*analyze, "--vary-ways", "2", "4"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method anil --metric cosine", "--metric is an option of protonet; anil has no use for it"),
+        (
+            "--method anil --no-learn-temperature",
+            "--learn-temperature is an option of protonet; anil has no use",
+        ),
+        (
+            "--method protonet --inner-lr 0.1",
+            "--inner-lr is an option of anil, maml, metasgd; protonet has no use",
+        ),
+        (
+            "--method r2d2 --inner-steps 3",
+            "--inner-steps is an option of anil, maml, metasgd; r2d2 has no use",
+        ),
+        (
+            "--method maml --channels 8",
+            "--channels is an option of protonet, anil, r2d2; maml has no use for it",
+        ),
+        ("--method maml --learn-inner-lr", "--learn-inner-lr is an option of anil; maml has no use for it"),
+        ("--method anil --ways 5 7 --train-ways 5", "--ways: anil has a head for 5 classes from training"),
+        ("--method r2d2 --test-steps 3", "--test-steps: r2d2 does not adapt in steps; leave it out"),
+        (
+            "--data sinusoid",
+            "--data sinusoid is regression, which needs --method maml or metasgd, got protonet",
+        ),
+        (
+            "--data sinusoid glyphs --method maml",
+            "--data: sinusoid is regression and does not go together with",
+        ),
+        (
+            "--data sinusoid --method maml --ways 5",
+            "--ways: sinusoid has no classes and no images; leave it out",
+        ),
+        (
+            "--data sinusoid --method maml --root x",
+            "--root: sinusoid has no classes and no images; leave it out",
+        ),
+        (
+            "--data sinusoid --method maml --min-images 2",
+            "--min-images: sinusoid has no classes and no images",
+        ),
+        ("--data sinusoid --method maml --split trainval", "--split trainval: sinusoid has train, val, test"),
+        (
+            "--data sinusoid --method maml --frequency 2 1",
+            "--frequency: expected one number, or the lowest and",
+        ),
+        ("--data glyphs --frequency 2", "--frequency is for --data sinusoid"),
+        ("--method maml --inner-lr -1", "argument --inner-lr: expected a positive number, got '-1'"),
+    ],
+)
+def test_options_that_do_not_apply(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(["train", *arguments.split()], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_and_other_data(tmp_path, capsys):
+    waves, images = tmp_path / "waves", tmp_path / "images"
+    assert cli.main([*WAVES, "--method", "maml", "--out", str(waves)]) == 0
+    assert cli.main([*GLYPHS, "--method", "maml", *SMALL["maml"], "--out", str(images)]) == 0
+    error = refused(["evaluate", "--checkpoint", str(waves), "--data", "glyphs"], capsys)
+    assert "--data: the checkpoint was trained on sinusoid, got glyphs" in error
+    error = refused(["evaluate", "--checkpoint", str(images), "--data", "sinusoid"], capsys)
+    assert "--data: the checkpoint was trained on glyphs, got sinusoid" in error
+    assert "--split all: sinusoid has train, val, test" in refused(
+        ["evaluate", "--checkpoint", str(waves), "--split", "all"], capsys
+    )
+    assert "sinusoid is regression; the report is on classes, so use metafast evaluate" in refused(
+        ["analyze", "--checkpoint", str(waves)], capsys
+    )
