@@ -12,7 +12,7 @@ from metafast import cli
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^ *```(\w+)\n(.*?)^ *```", TEXT, re.MULTILINE | re.DOTALL)
 EXAMPLES = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     line.partition("#")[0].strip()
@@ -23,10 +23,10 @@ COMMANDS = [
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 3 and sum(command.startswith("metafast ") for command in COMMANDS) == 9
+    assert len(EXAMPLES) == 5 and sum(command.startswith("metafast ") for command in COMMANDS) == 13
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["training loop", "torch.func", "fit and analyze"])
+@pytest.mark.parametrize("code", EXAMPLES, ids=["training loop", "plain MAML", "MAML", "torch.func", "fit and analyze"])
 def test_examples_run(code: str) -> None:
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
