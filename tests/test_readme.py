@@ -26,7 +26,9 @@ def test_there_are_examples() -> None:
     assert len(EXAMPLES) == 5 and sum(command.startswith("metafast ") for command in COMMANDS) == 13
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["training loop", "plain MAML", "MAML", "torch.func", "fit and analyze"])
+@pytest.mark.parametrize(
+    "code", EXAMPLES, ids=["training loop", "plain MAML", "MAML", "torch.func", "fit and analyze"]
+)
 def test_examples_run(code: str) -> None:
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
