@@ -64,7 +64,7 @@ def test_to_without_arguments_copies_nothing() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
-def test_pinned_episodes_reach_the_device() -> None:
+def test_pinned_episodes_reach_a_cuda_device() -> None:
     pinned = Episodes(**fields()).pin_memory()
     assert all(getattr(pinned, f).is_pinned() for f in ("support_x", "support_y", "query_x", "query_y"))
     moved = pinned.to("cuda")

@@ -203,7 +203,7 @@ def test_floats_stay_as_they_are(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rotations", [False, True], ids=["upright", "rotations"])
-def test_episodes_are_the_same_on_every_device(rotations: bool) -> None:
+def test_episodes_are_the_same_on_cuda_devices(rotations: bool) -> None:
     data = coded([20] * 30, rotations)
     here = EpisodeSampler(data, 5, 1, 5, tasks=8)(3)
     there = EpisodeSampler(data.to("cuda"), 5, 1, 5, tasks=8)(3)
