@@ -374,6 +374,7 @@ def _adapted(
         promotes=True,
         cuda=False,
         emulated=False,
+        condition=4.0,
     )
 
 
