@@ -73,13 +73,15 @@ def differentiable(
     vjp: Callable[..., Sequence[Any]],
     jvp: Callable[..., Any],
     save_outputs: Sequence[int] = (),
+    constant_outputs: Sequence[int] = (),
 ) -> None:
     """Give ``op`` a vjp and a jvp, each written with differentiable operators only.
 
     ``vjp(need, grads, *inputs[, *outputs])`` returns a gradient or None for every input; ``need`` tells which are
     wanted, and a gradient in ``grads`` is None where its output was not used. ``jvp(tangents, *inputs)`` returns the
     tangent of every output; tangents of tensors are never None. The outputs at the positions ``save_outputs`` are
-    passed to the vjp too. What stands for a list of tensors is a list.
+    passed to the vjp too. Those at ``constant_outputs`` are for the vjp alone and have no derivative: they never
+    require one. What stands for a list of tensors is a list.
     """
     lists = [k for k, argument in enumerate(op._schema.arguments) if "List[Tensor]" in str(argument.type)]
     layouts: dict[tuple[int, ...], _Layout] = {}
@@ -110,6 +112,8 @@ def differentiable(
         tensors = layout.tensors_of(flat)
         ctx.save_for_backward(*tensors, *saved_of(out))
         ctx.saved_for_forward = tensors
+        if constant_outputs:
+            ctx.mark_non_differentiable(*(out[k] for k in constant_outputs))
         return tuple(out) if isinstance(out, list) else out
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

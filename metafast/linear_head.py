@@ -498,7 +498,7 @@ def _head_jvp(tangents: Any, *args: Any) -> Any:
     logits, weight, bias = _tangents(_head(*numbers, *args[_TENSORS:-1]))
     if bias is None:
         bias = args[0].new_empty((args[0].shape[0], 0))
-    return logits, weight, bias, args[0].new_zeros(_tape_shape(args[0], args[3], args[-1]))
+    return logits, weight, bias, None
 
 
 def _vjp_tangent(tangents: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -529,7 +529,7 @@ def _vjp_vjp(need: Any, grads: Any, *args: Any) -> Any:
     )
 
 
-differentiable(HEAD, vjp=_head_rule, jvp=_head_jvp, save_outputs=(1, 3))
+differentiable(HEAD, vjp=_head_rule, jvp=_head_jvp, save_outputs=(1, 3), constant_outputs=(3,))
 differentiable(HEAD_VJP, vjp=_vjp_vjp, jvp=_vjp_tangent)
 fold_into_tasks(HEAD)
 fold_into_tasks(HEAD_VJP)

@@ -488,8 +488,7 @@ def _loop_vjp(need: Any, grads: Any, *saved: Any) -> Any:
 
 def _loop_jvp(tangents: Any, *args: Any) -> Any:
     outputs, parameters = _closed(*(_dual(a, v) for a, v in zip(args, tangents, strict=True)))
-    inputs, _, query, weights = args[:4]
-    return _tangent(outputs), _tangent(parameters), _no_tape(inputs, query, weights, args[7])
+    return _tangent(outputs), _tangent(parameters), None
 
 
 def _fallback_loop(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -573,7 +572,7 @@ def _with_groups(op: torch._ops.OpOverload, first: int) -> None:
     register_rule(op, grouped)
 
 
-differentiable(LOOP, vjp=_loop_vjp, jvp=_loop_jvp, save_outputs=(2,))
+differentiable(LOOP, vjp=_loop_vjp, jvp=_loop_jvp, save_outputs=(2,), constant_outputs=(2,))
 differentiable(LOOP_VJP, vjp=_loop_vjp_vjp, jvp=_loop_vjp_tangent)
 _with_groups(LOOP, 3)
 _with_groups(LOOP_VJP, 5)

@@ -209,6 +209,30 @@ def test_groups_of_tasks(gram: bool) -> None:
         assert_same(g, e.reshape(g.shape[0], -1, *g.shape[1:]).sum(1), 1e-13)
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+@pytest.mark.parametrize("gram", [True, False], ids=["gram", "weights"])
+def test_opcheck(gram: bool, recorded: bool) -> None:
+    """What is saved for the backward alone has no derivative, and says so."""
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(*shape, **FLOAT).requires_grad_(recorded)
+
+    rest = (values(1, 2, 1, 1), None, 0.0, 2, 0, 0.9, 0.1, False, gram)
+    args = (
+        values(2, 5, 4),
+        shuffled_labels((2, 5), 3),
+        values(2, 3, 4),
+        values(1, 3, 4),
+        values(1, 3),
+        *rest,
+    )
+    torch.library.opcheck(HEAD, args)
+    *differentiable, tape = HEAD(*args)
+    assert all(out.requires_grad == recorded for out in differentiable)
+    assert not tape.requires_grad
+    torch.library.opcheck(HEAD_VJP, (values(2, 3, 3), None, None, *args, differentiable[1].detach(), tape))
+
+
 def test_leading_dimensions_and_views() -> None:
     support, labels = torch.randn(2, 3, 5, 4, **FLOAT), shuffled_labels((3, 5), 2)
     query, weight = torch.randn(4, 6, **FLOAT).mT, torch.randn(2, 1, 2, 4, **FLOAT)

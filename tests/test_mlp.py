@@ -311,7 +311,10 @@ def test_opcheck(with_query: bool, rates: str, hardware: torch.device) -> None:
     )
     tests = ("test_schema", "test_faketensor", *(("test_aot_dispatch_dynamic",) if rates == "steps" else ()))
     torch.library.opcheck(mlp.LOOP, arguments, test_utils=tests)
-    outputs, parameters, tape = (t.detach() for t in mlp.LOOP(*arguments))
+    found = mlp.LOOP(*arguments)
+    assert found[1 - with_query].requires_grad, "the parameters record"
+    assert not found[2].requires_grad, "the tape is for the backward alone"
+    outputs, parameters, tape = (t.detach() for t in found)
     upstream = (outputs.cos(), None) if with_query else (None, parameters.cos())
     for needed in (False, True):
         torch.library.opcheck(mlp.LOOP_VJP, (*upstream, *arguments, tape, needed), test_utils=tests)
