@@ -22,11 +22,6 @@ METAFAST_HOST_DEVICE Matrix<A> plain(Layer<A> layer) {
   return {layer.data, layer.stride, 1};
 }
 
-template <class A>
-METAFAST_HOST_DEVICE Matrix<A> transposed(Matrix<A> matrix) {
-  return {matrix.data, matrix.column, matrix.row};
-}
-
 // One of up to two products that are summed: `depth` columns of a, rows of b.
 template <class A>
 struct Factor {

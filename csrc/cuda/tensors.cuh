@@ -45,4 +45,24 @@ class Scratch {
   A* data_ = nullptr;
 };
 
+// Working memory of `size` numbers for each block: shared where it fits what every GPU has, else of torch's allocator.
+template <class A>
+class WorkingMemory {
+ public:
+  WorkingMemory(const Tensor& like, int64_t blocks, int64_t size)
+      : fits_(size * static_cast<int64_t>(sizeof(A)) <= kSharedBytes),
+        shared_bytes_(fits_ ? static_cast<unsigned>(size * sizeof(A)) : 0),
+        global_(like, fits_ ? 0 : blocks * size) {}
+
+  unsigned shared_bytes() const { return shared_bytes_; }
+  A* global() const { return global_.data(); }  // null where it is shared
+
+ private:
+  static constexpr int64_t kSharedBytes = 46 * 1024;  // 48 KiB without those of static arrays
+
+  bool fits_;
+  unsigned shared_bytes_;
+  Scratch<A> global_;
+};
+
 }  // namespace metafast::cuda
