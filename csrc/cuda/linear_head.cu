@@ -201,10 +201,8 @@ Gradients linear_head_vjp(const std::optional<Tensor>& grad_logits, const std::o
                                           none,
                                           one};
       cuda::launch_combine_rows<A, 3>(of_features, cuda::output_wide<A>(to_support), T, n, d, stream);
-      const Combination<A, 1> of_first{{{logits_grad.data(), C * n, n, 1, head.loop.support, n}},
-                                       one,
-                                       last_gradient,
-                                       {scales.data(), C, 1, A(0)}};
+      const Combination<A, 1> of_first{
+          {{logits_grad.data(), C * n, n, 1, head.loop.support, n}}, one, last_gradient, {scales.data(), C, 1, A(0)}};
       cuda::launch_combine_rows<A, 1>(of_first, weight_parts, T, C, d, stream);
     } else if (T > 0) {
       const WorkingMemory<A> memory(support, T, cuda::reverse_memory(n, C, d, steps));

@@ -36,9 +36,9 @@ struct HeadLoop {
   bool first_order;
   A momentum;
   A decay;
-  Labels labels;          // null: the targets
-  const A* soft;          // [T, n, C]
-  const A* bias;          // of a task, or null
+  Labels labels;  // null: the targets
+  const A* soft;  // [T, n, C]
+  const A* bias;  // of a task, or null
   int64_t bias_stride;
   Rates<A> rates;
 
@@ -80,7 +80,8 @@ __device__ __forceinline__ void loss_gradient(const HeadLoop<A>& loop, const A* 
       continue;
     }
     A largest = -A(INFINITY), sum = A(0);
-    for (int64_t k = i; k < C * n; k += n) largest = logits[k] > largest || logits[k] != logits[k] ? logits[k] : largest;
+    for (int64_t k = i; k < C * n; k += n)
+      largest = logits[k] > largest || logits[k] != logits[k] ? logits[k] : largest;
     for (int64_t k = i; k < C * n; k += n) {
       logits[k] = std::exp(logits[k] - largest);
       sum += logits[k];
@@ -130,8 +131,8 @@ struct SpanTape {
 };
 
 // Numbers of working memory for the forward steps, and for them with the reverse sweep.
-inline int64_t span_memory(int64_t n, int64_t C) { return n * n + 6 * C * n + n + 2 * C; }
-inline int64_t sweep_memory(int64_t n, int64_t C, int64_t steps) {
+METAFAST_HOST_DEVICE int64_t span_memory(int64_t n, int64_t C) { return n * n + 6 * C * n + n + 2 * C; }
+METAFAST_HOST_DEVICE int64_t sweep_memory(int64_t n, int64_t C, int64_t steps) {
   return n * n + (3 * steps + 8) * C * n + n + (2 * steps + 3) * C;
 }
 
@@ -261,7 +262,7 @@ struct SweepResults {
 // The gradient for the last weight of a task and what it is multiplied with.
 template <class A>
 struct LastGradient {
-  const A* logits;          // [T, m, C], or null
+  const A* logits;  // [T, m, C], or null
   int64_t m;
   const A* bias;            // [T, C], or null
   const A* weight;          // [T, C, d], made from the logits already
@@ -369,7 +370,8 @@ __global__ void __launch_bounds__(kThreads)
   // Of a first-order loop the adapted weight is W_0 and a constant.
   const int64_t used = loop.first_order ? 0 : steps * C;
   const auto store = [&](A* results, int64_t k, A value) { results[k] = bad ? not_a_number<A>() : value; };
-  const Factors<A> of_gram[2] = {{{probability, 1, n}, {spans, n, 1}, used}, {{spans, 1, n}, {probability, n, 1}, used}};
+  const Factors<A> of_gram[2] = {{{probability, 1, n}, {spans, n, 1}, used},
+                                 {{spans, 1, n}, {probability, n, 1}, used}};
   block_product(of_gram, n, n, [&](int64_t i, int64_t j, A sum) { store(to.gram_grad, (task * n + i) * n + j, sum); });
   for_each_element(C, n, [&](int64_t c, int64_t i) {
     const int64_t k = c * n + i;
@@ -411,8 +413,8 @@ struct WeightLoop {
   int64_t d;
 };
 
-inline int64_t weight_memory(int64_t n, int64_t C, int64_t d) { return 3 * C * n + n + C * d + C; }
-inline int64_t reverse_memory(int64_t n, int64_t C, int64_t d, int64_t steps) {
+METAFAST_HOST_DEVICE int64_t weight_memory(int64_t n, int64_t C, int64_t d) { return 3 * C * n + n + C * d + C; }
+METAFAST_HOST_DEVICE int64_t reverse_memory(int64_t n, int64_t C, int64_t d, int64_t steps) {
   return (2 * steps + 3) * C * n + n + (2 * steps + 2) * C * d + (4 * steps + 3) * C;
 }
 
@@ -436,9 +438,8 @@ __device__ __forceinline__ void weight_steps(const WeightLoop<A>& loop, int64_t 
     const A *weight = tape.weight + now * C * d, *bias = tape.bias + now * C;
     A *next = tape.weight + (now + tape.kept) * C * d, *direction = tape.direction + now * C * d;
     const A *last_direction = tape.direction + before * C * d, *last_bias = tape.bias_direction + before * C;
-    warp_products(Factors<A>{x, {weight, 1, d}, d}, n, C, [&](int64_t i, int64_t c, A sum) {
-      logits[c * n + i] = tape.bias == nullptr ? sum : sum + bias[c];
-    });
+    warp_products(Factors<A>{x, {weight, 1, d}, d}, n, C,
+                  [&](int64_t i, int64_t c, A sum) { logits[c * n + i] = tape.bias == nullptr ? sum : sum + bias[c]; });
     __syncthreads();
     loss_gradient(head, targets, totals, logits, error);
     __syncthreads();
@@ -493,7 +494,7 @@ struct ReverseResults {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     weight_reverse_kernel(WeightLoop<A> loop, LastGradient<A> last, ReverseResults<A> to, A* memory) {
   const HeadLoop<A>& head = loop.head;
   const int64_t task = blockIdx.x, n = head.n, C = head.C, d = loop.d, size = head.size(), steps = head.steps;
@@ -541,8 +542,8 @@ __global__ void __launch_bounds__(kThreads)
       rate_parts[t * C + c] = to.bias_rates_grad.data == nullptr ? -sum - of_bias : -sum;
       bias_rate_parts[t * C + c] = -of_bias;
       if (!has_bias || head.first_order) continue;
-      bias_along[c] = (t + 1 < steps ? head.momentum * bias_along[c] : A(0)) -
-                      loop.bias_rates.at(task, t, c) * bias_grad[c];
+      bias_along[c] =
+          (t + 1 < steps ? head.momentum * bias_along[c] : A(0)) - loop.bias_rates.at(task, t, c) * bias_grad[c];
       bias_grad[c] += head.decay * bias_along[c];
     }
     __syncthreads();
@@ -560,9 +561,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (head.first_order) continue;
-    warp_products(Factors<A>{x, {along, 1, d}, d}, n, C, [&](int64_t i, int64_t c, A sum) {
-      curved[c * n + i] = has_bias ? sum + bias_along[c] : sum;
-    });
+    warp_products(Factors<A>{x, {along, 1, d}, d}, n, C,
+                  [&](int64_t i, int64_t c, A sum) { curved[c * n + i] = has_bias ? sum + bias_along[c] : sum; });
     __syncthreads();
     loss_curvature(head, totals, probability + t * size, curved, targets_grad);
     __syncthreads();
@@ -586,14 +586,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int64_t k = threadIdx.x; bad && k < C * d; k += kThreads) weight_grad[k] = not_a_number<A>();
   if (to.labels_grad == nullptr) return;
-  for_each_element(C, n, [&](int64_t c, int64_t i) {
-    to.labels_grad[(task * n + i) * C + c] = targets_grad[c * n + i];
-  });
+  for_each_element(C, n,
+                   [&](int64_t c, int64_t i) { to.labels_grad[(task * n + i) * C + c] = targets_grad[c * n + i]; });
 }
 
 template <class A>
 void launch_head_steps(const HeadLoop<A>& loop, const Products<A>& gram, const Products<A>& first_logits,
-                       HeadTape<A> tape, A* spans, A* scales, A* biases, A* memory, unsigned shared_bytes, Stream stream) {
+                       HeadTape<A> tape, A* spans, A* scales, A* biases, A* memory, unsigned shared_bytes,
+                       Stream stream) {
   METAFAST_LAUNCH((head_steps_kernel<A>), grid_size(gram.tasks), kThreads, shared_bytes, stream, loop, gram,
                   first_logits, tape, spans, scales, biases, memory);
 }

@@ -55,12 +55,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
     A* alphas = alpha.template mutable_data_ptr<A>();
     const RowProducts<A> gram(support, rows_support, T, n, n, d, stream);
     const WorkingMemory<A> memory(query, T, cuda::ridge_memory(n, C));
-    cuda::launch_ridge_solve<A>(gram.products(),
-                                {{soft ? nullptr : labels.const_data_ptr<int64_t>(), n},
-                                 soft ? labels.template const_data_ptr<A>() : nullptr},
-                                per_task<A>(regularisation, fixed_regularisation), alphas,
-                                factor.template mutable_data_ptr<A>(), C, memory.global(), memory.shared_bytes(),
-                                stream);
+    cuda::launch_ridge_solve<A>(
+        gram.products(),
+        {{soft ? nullptr : labels.const_data_ptr<int64_t>(), n}, soft ? labels.template const_data_ptr<A>() : nullptr},
+        per_task<A>(regularisation, fixed_regularisation), alphas, factor.template mutable_data_ptr<A>(), C,
+        memory.global(), memory.shared_bytes(), stream);
     const Scale<A> one = fixed_scale(A(1));
     const Combination<A, 1> of_weight{{{alphas, n * C, 1, C, rows_support, n}}, one, {}, one};
     cuda::launch_combine_rows<A, 1>(of_weight, cuda::output_wide<A>(weight), T, C, d, stream);

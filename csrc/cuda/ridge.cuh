@@ -62,7 +62,7 @@ struct RidgeTargets {
   const A* soft;  // null: the labels
 };
 
-inline int64_t ridge_memory(int64_t n, int64_t C) { return n * (n + C); }
+METAFAST_HOST_DEVICE int64_t ridge_memory(int64_t n, int64_t C) { return n * (n + C); }
 
 // alpha [T, n, C] = (X X^T + regularisation)^-1 Y and the factor [T, n, n]. A block is one task.
 template <class A>

@@ -84,7 +84,7 @@ struct Combination {
   Scale<A> scale;
 };
 
-constexpr int kCombinedRows = 2;   // of a warp
+constexpr int kCombinedRows = 2;    // of a warp
 constexpr int kCombinedTerms = 16;  // in shared memory at a time
 
 // out_i = scale_ti base_i + gain_ti times the terms; out may be base. A block: kWarps kCombinedRows rows, one slab.
@@ -154,9 +154,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // out [groups, size] = the sum over the tasks of each group, in their order. A thread an element.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    sum_groups_kernel(const A* __restrict__ parts, A* __restrict__ out, int64_t groups, int64_t tasks_each,
-                      int64_t size) {
+__global__ void __launch_bounds__(kThreads) sum_groups_kernel(const A* __restrict__ parts, A* __restrict__ out,
+                                                              int64_t groups, int64_t tasks_each, int64_t size) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (element >= groups * size) return;
   const A* part = parts + element / size * tasks_each * size + element % size;
@@ -167,9 +166,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // out [groups tasks_each, size] = the numbers of each task's group. A thread an element.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    spread_groups_kernel(const A* __restrict__ of_groups, A* __restrict__ out, int64_t groups, int64_t tasks_each,
-                         int64_t size) {
+__global__ void __launch_bounds__(kThreads) spread_groups_kernel(const A* __restrict__ of_groups, A* __restrict__ out,
+                                                                 int64_t groups, int64_t tasks_each, int64_t size) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (element >= groups * tasks_each * size) return;
   out[element] = of_groups[element / size / tasks_each * size + element % size];
