@@ -13,15 +13,8 @@ namespace metafast {
 namespace {
 
 using cuda::Scratch;
+using cuda::TaskLabels;
 using torch::stable::new_empty;
-
-// Contiguous labels, and how kernels see them.
-struct TaskLabels {
-  Tensor tensor;
-
-  explicit TaskLabels(const Tensor& any) : tensor(dense(any)) {}
-  cuda::Labels view() const { return {tensor.const_data_ptr<int64_t>(), tensor.size(1)}; }
-};
 
 constexpr cuda::Labels kNoLabels{nullptr, 0};
 

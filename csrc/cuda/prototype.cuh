@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/distance.cuh"
+#include "cuda/labels.cuh"
 
 namespace metafast::cuda {
 
@@ -11,29 +12,6 @@ constexpr int kTileRows = kWarp;    // feature rows in shared memory at a time
 constexpr int kClassesPerWarp = 3;  // whose means a warp accumulates in registers
 constexpr int kBlockClasses = kWarps * kClassesPerWarp;
 constexpr int kFusedClasses = 20;  // up to here one block holds the means of all classes
-
-template <class A>
-__device__ __forceinline__ A not_a_number() {
-  return A(NAN);
-}
-
-// Labels [T, rows] and how many rows there are.
-struct Labels {
-  const int64_t* data;
-  int64_t rows;
-
-  __device__ __forceinline__ const int64_t* of(int64_t t) const { return data + t * rows; }
-};
-
-// Whether a thread of the block sees a label outside 0..C-1.
-__device__ __forceinline__ bool sees_bad_label(const Labels& labels, int64_t t, int64_t num_classes) {
-  bool bad = false;
-  for (int64_t i = threadIdx.x; i < labels.rows; i += kThreads) {
-    const int64_t label = labels.of(t)[i];
-    bad |= label < 0 || label >= num_classes;
-  }
-  return bad;
-}
 
 // How often a label occurs in a task; every lane of the warp asks for the same one.
 __device__ __forceinline__ int64_t count_label(const Labels& labels, int64_t t, int64_t label) {

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cuda/features.cuh"
+#include "cuda/labels.cuh"
 #include "cuda/runtime.cuh"
 #include "dispatch.h"
 #include "tensor.h"
@@ -25,6 +26,14 @@ template <class S>
 WideRows<S> output_wide(const Tensor& tensor) {
   return wide_rows(output_rows<S>(tensor));
 }
+
+// Contiguous labels, and how kernels see them.
+struct TaskLabels {
+  Tensor tensor;
+
+  explicit TaskLabels(const Tensor& any) : tensor(dense(any)) {}
+  Labels view() const { return {tensor.const_data_ptr<int64_t>(), tensor.size(1)}; }
+};
 
 template <class A>
 constexpr ScalarType scalar_type = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;

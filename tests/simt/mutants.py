@@ -213,7 +213,7 @@ MUTANTS = (
     # prototype.cuh
     Mutant(
         "bad label not seen",
-        "prototype.cuh",
+        "labels.cuh",
         "bad |= label < 0 || label >= num_classes;",
         "bad |= (label < 0 && !ON) || label >= num_classes;",
     ),
