@@ -372,8 +372,6 @@ def _adapted(
         {**data, **{k: v for k, v in inputs.items() if k != "targets"}},
         kernels_only=False,
         promotes=True,
-        cuda=False,
-        emulated=False,
         condition=4.0,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,12 +15,21 @@ import metafast
 from metafast import mlp, reference
 from tests.cases import assert_bad_label_spoils_its_task, assert_same, cotangents, runs_cuda_sources
 
-pytestmark = pytest.mark.cpu_only
-
 DOUBLE = {"dtype": torch.float64}
 T, N, M, K = 3, 5, 4, 3
 #: Widths that fill vectors, that do not, and that are one number; one layer and many.
 NETS = ((1, 40, 40, 1), (4, 6, 5, 3), (19, 2), (2, 17, 33, 16, 5))
+
+
+@pytest.fixture(autouse=True)
+def _tensors_there(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors of a test lie where it runs."""
+    names = {"device", "hardware", "kernels"} & set(request.fixturenames)
+    with contextlib.ExitStack() as stack:
+        for device in (request.getfixturevalue(name) for name in names):
+            if device.type != "cpu":
+                stack.enter_context(device)
+        yield
 
 
 def net(
@@ -81,7 +91,7 @@ def assert_equal_derivatives(functions: Sequence[Callable[[], Any]], leaves: Seq
 @pytest.mark.parametrize("loss", mlp.LOSSES)
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
 def test_rates(
-    activation: str, loss: str, rates: str, lead: tuple[int, ...], first_order: bool, hardware: torch.device
+    activation: str, loss: str, rates: str, lead: tuple[int, ...], first_order: bool, device: torch.device
 ) -> None:
     widths = NETS[1]
     inputs, targets, query = data(widths, loss)
@@ -122,7 +132,7 @@ def test_widths(widths: tuple[int, ...], steps: int, kernels: torch.device) -> N
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (1,), (0,)], ids=str)
-def test_leading_dimensions(lead: tuple[int, ...], hardware: torch.device) -> None:
+def test_leading_dimensions(lead: tuple[int, ...], device: torch.device) -> None:
     """Of the data, of the parameters, and of both."""
     for of_data, of_weights, of_biases in (
         (lead, (), ()),
@@ -142,7 +152,7 @@ def test_leading_dimensions(lead: tuple[int, ...], hardware: torch.device) -> No
 
 
 @pytest.mark.parametrize("rates", ["scalar", "steps", "layers", "parameters"])
-def test_vmap_over_parameters_and_rates(rates: str, hardware: torch.device) -> None:
+def test_vmap_over_parameters_and_rates(rates: str, device: torch.device) -> None:
     """Two networks with rates of their own on the same three tasks: groups of tasks inside the operator."""
     inputs, targets, query = (t.detach() for t in data(NETS[1]))
     nets = [net(NETS[1]) for _ in range(2)]
@@ -175,7 +185,7 @@ def test_vmap_over_parameters_and_rates(rates: str, hardware: torch.device) -> N
         assert_same(actual, expected)
 
 
-def test_groups_of_the_operator(hardware: torch.device) -> None:
+def test_groups_of_the_operator(device: torch.device) -> None:
     """Six tasks, two networks and three groups of rates: gradients are sums over the tasks that each serves."""
     inputs, targets, query = data(NETS[1], lead=(6,))
     weights, biases = net(NETS[1], (2,))
@@ -251,7 +261,7 @@ def test_tanh_of_every_size(kernels: torch.device) -> None:
     torch.testing.assert_close(actual.double(), exact, rtol=3e-7, atol=0, equal_nan=True)
 
 
-def test_class_numbers_are_probabilities_of_one(hardware: torch.device) -> None:
+def test_class_numbers_are_probabilities_of_one(device: torch.device) -> None:
     inputs, _, query = data(NETS[1])
     weights, biases = net(NETS[1])
     labels = torch.tensor([[0, 1, 2, 2, 1]]).repeat(T, 1)

@@ -36,9 +36,6 @@ class Scratch {
   }
 };
 
-// Rows rounded up to whole vectors of every width.
-constexpr int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
-
 // Numbers for each row of each task.
 template <class A>
 struct PerRow {

@@ -36,22 +36,29 @@ __device__ __forceinline__ A* working_memory(A* global, int64_t size) {
   return global == nullptr ? shared : global + blockIdx.x * size;
 }
 
-// finish(i, j, sum of the terms), a thread an element: reads of b are side by side where its column stride is 1.
+// finish(i, j, sum of the terms), a thread an element: reads of b are side by side where its column stride is 1. Long
+// sums are made in parts, which keeps their rounding small.
 template <int N, class A, class Finish>
 __device__ __forceinline__ void block_product(const Factors<A> (&terms)[N], int64_t rows, int64_t columns,
                                               const Finish& finish) {
+  constexpr int64_t kPart = 256;
   for_each_element(rows, columns, [&](int64_t i, int64_t j) {
-    A sum = A(0);
+    A total = A(0);
 #pragma unroll
     for (int s = 0; s < N; ++s) {
       const A *a = terms[s].a.data + i * terms[s].a.row, *b = terms[s].b.data + j * terms[s].b.column;
-      for (int64_t k = 0; k < terms[s].count; ++k) {
-        sum = std::fma(*a, *b, sum);
-        a += terms[s].a.column;
-        b += terms[s].b.row;
+      for (int64_t first = 0; first < terms[s].count; first += kPart) {
+        const int64_t end = first + kPart < terms[s].count ? first + kPart : terms[s].count;
+        A sum = A(0);
+        for (int64_t k = first; k < end; ++k) {
+          sum = std::fma(*a, *b, sum);
+          a += terms[s].a.column;
+          b += terms[s].b.row;
+        }
+        total += sum;
       }
     }
-    finish(i, j, sum);
+    finish(i, j, total);
   });
 }
 

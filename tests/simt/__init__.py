@@ -23,8 +23,6 @@ WITHOUT_CUDA = {
     "linear_head_vjp",
     "ridge_logits",
     "ridge_logits_vjp",
-    "mlp_loop",
-    "mlp_loop_vjp",
     "sgd_update",
 }
 
