@@ -389,7 +389,7 @@ _MLPS = (
             "bias": Input("3", per_task=False),
             "top": Input("C 3", per_task=False),
         },
-        lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.3),
+        lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.1),
         unit_rows=True,
     ),
     _adapted(
