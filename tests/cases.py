@@ -293,8 +293,6 @@ def _head(name: str, inputs: Mapping[str, Input], **options: Any) -> Case:
         inputs,
         kernels_only=False,
         promotes=True,
-        cuda=False,
-        emulated=False,
     )
 
 
@@ -315,8 +313,6 @@ def _ridge(labels: Input, **scalars: Input) -> Case:
         {"support": Input("n d"), "labels": labels, "query": Input("m d"), **scalars},
         kernels_only=False,
         promotes=True,
-        cuda=False,
-        emulated=False,
         condition=16.0,
     )
 

@@ -22,4 +22,7 @@ struct Rows {
   }
 };
 
+// Rows rounded up to whole vectors of every width.
+constexpr int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+
 }  // namespace metafast
