@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> mlp_loop(const Tensor& inputs, const Tensor& 
 
 // The gradients of a list of tensors from rows of numbers [T, size] of the tasks.
 template <class A>
-void sum_groups(const A* rows, const Tensor* tensors, const std::vector<int64_t>& order, int64_t tasks, int64_t groups,
-                cuda::Stream stream) {
+void sum_parts(const A* rows, const Tensor* tensors, const std::vector<int64_t>& order, int64_t tasks, int64_t groups,
+               cuda::Stream stream) {
   cuda::RowParts<A> parts{};
   int64_t size = 0;
   for (size_t k = 0; k < order.size(); ++k) {
@@ -144,7 +144,7 @@ void sum_groups(const A* rows, const Tensor* tensors, const std::vector<int64_t>
     parts.to[k] = tensor.mutable_data_ptr<A>();
     parts.end[k] = size;
   }
-  if (groups > 0) cuda::launch_sum_groups(rows, parts, tasks, groups, size, stream);
+  if (groups > 0) cuda::launch_sum_parts(rows, parts, tasks, groups, size, stream);
 }
 
 Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optional<Tensor>& grad_parameters,
@@ -191,13 +191,13 @@ Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optio
       return order;
     };
     const int64_t first_rate = 3 + 2 * layers;
-    sum_groups(packed.data(), gradients.data(), layer_by_layer(3), T, arguments.groups, stream);
+    sum_parts(packed.data(), gradients.data(), layer_by_layer(3), T, arguments.groups, stream);
     if (rates.empty()) return;
     const A* const rows = of_rates ? of_rates->data() : nullptr;
     std::vector<int64_t> order;
     for (size_t k = 0; k < rates.size(); ++k) order.push_back(first_rate + k);
     if (arguments.rate_for_each()) order = layer_by_layer(first_rate);
-    sum_groups(rows, gradients.data(), order, T, arguments.rate_groups, stream);
+    sum_parts(rows, gradients.data(), order, T, arguments.rate_groups, stream);
   });
   return gradients;
 }

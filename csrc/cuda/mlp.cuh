@@ -155,6 +155,21 @@ __device__ __forceinline__ A sloped(Activation activation, A h, A along) {
   return h <= A(0) ? A(0) : along;
 }
 
+// From the tape to working memory; in shared memory it arrives at await_tape().
+template <class A>
+__device__ __forceinline__ void fetch(const MlpProblem<A>& p, A* to, const A* from) {
+  if (p.global == nullptr) {
+    copy_async<sizeof(A)>(to, from);
+  } else {
+    *to = *from;
+  }
+}
+
+__device__ __forceinline__ void await_tape() {
+  commit_async();
+  wait_async<0>();
+}
+
 // The parameters after `step` steps; `start`, 0 or NaN, is added to the first ones.
 template <class A>
 __device__ __forceinline__ void load_parameters(const MlpProblem<A>& p, int64_t t, int64_t step, A start, A* block) {
@@ -165,7 +180,7 @@ __device__ __forceinline__ void load_parameters(const MlpProblem<A>& p, int64_t 
     const int64_t in = p.width(l);
     for_each_element(p.layer[l].out, in + 1, [&](int64_t i, int64_t j) {
       if (packed != nullptr) {
-        to.at(i, j) = packed[p.packed_at(l, i, j)];
+        fetch(p, &to.at(i, j), packed + p.packed_at(l, i, j));
       } else {
         to.at(i, j) = start + (j < in ? p.layer[l].weight.at(g, i, j) : p.layer[l].bias.at(g, i, 0));
       }
@@ -188,7 +203,7 @@ __device__ __forceinline__ void load_activations(const MlpProblem<A>& p, const A
     const Table<A> to = p.outputs(block, l);
     const int64_t out = p.layer[l].out;
     const A* from = tape + all * p.layer[l].tape_columns + first * out;
-    for_each_element(rows, out, [&](int64_t i, int64_t j) { to.at(i, j) = from[i * out + j]; });
+    for_each_element(rows, out, [&](int64_t i, int64_t j) { fetch(p, &to.at(i, j), from + i * out + j); });
   }
 }
 
@@ -442,6 +457,7 @@ __global__ void __launch_bounds__(kThreads)
       load_activations(p, p.tape_of(t, p.steps), m, last, first, rows, h);
       const Table<A> top = p.outputs(delta, last);
       for_each_element(rows, C, [&](int64_t i, int64_t j) { top.at(i, j) = grads.outputs.at(t, first + i, j); });
+      await_tape();
       __syncthreads();
       backward_pass(p, theta, h, delta, rows, ignore);
       for (int64_t l = 0; l < p.layers; ++l) {
@@ -464,23 +480,23 @@ __global__ void __launch_bounds__(kThreads)
     const A* const tape = p.tape_of(t, step);
     load_activations(p, tape, n, p.layers, 0, n, h);
     load_activations(p, tape + n * p.tape_columns, n, p.layers, 0, n, delta);
-    if (grads.rates != nullptr) {
-      __syncthreads();
-      rate_gradients(p, grads, t, step, x, h, delta, lam);
+    if (!p.first_order) {
+      load_parameters(p, t, step, A(0), theta);
+      for (int64_t l = 0; l < p.layers; ++l) {
+        const Table<A> from = p.weight(lam, l), to = p.weight(along, l);
+        const A rate = p.rate_of(t, step, l);
+        for_each_element(p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j) {
+          to.at(i, j) = (p.rates == StepRates::parameters ? p.rate_of_parameter(t, l, i, j) : rate) * from.at(i, j);
+        });
+      }
     }
+    await_tape();
+    __syncthreads();
+    if (grads.rates != nullptr) rate_gradients(p, grads, t, step, x, h, delta, lam);
     if (p.first_order) {
       __syncthreads();
       continue;
     }
-    load_parameters(p, t, step, A(0), theta);
-    for (int64_t l = 0; l < p.layers; ++l) {
-      const Table<A> from = p.weight(lam, l), to = p.weight(along, l);
-      const A rate = p.rate_of(t, step, l);
-      for_each_element(p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j) {
-        to.at(i, j) = (p.rates == StepRates::parameters ? p.rate_of_parameter(t, l, i, j) : rate) * from.at(i, j);
-      });
-    }
-    __syncthreads();
     // R of every activation and delta along rate o lam.
     for (int64_t l = 0; l < p.layers; ++l) {
       const Table<A> to = p.outputs(ra, l), moved = p.outputs(rh, l), own = p.outputs(h, l);
@@ -538,8 +554,8 @@ struct RowParts {
 // kWarps-th task.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    sum_groups_kernel(const A* __restrict__ rows, const __grid_constant__ RowParts<A> parts, int64_t group_tasks,
-                      int64_t size, int64_t chunks) {
+    sum_parts_kernel(const A* __restrict__ rows, const __grid_constant__ RowParts<A> parts, int64_t group_tasks,
+                     int64_t size, int64_t chunks) {
   METAFAST_SHARED(A, sums, [kWarps][kWarp]);
   BlockNumber block;
   const int64_t k = block.part(chunks) * kWarp + lane_index(), g = block.rest();
@@ -571,12 +587,12 @@ void launch_mlp_adapt_vjp(const MlpProblem<A>& problem, const MlpGradients<A>& g
 }
 
 template <class A>
-void launch_sum_groups(const A* rows, const RowParts<A>& parts, int64_t tasks, int64_t groups, int64_t size,
-                       Stream stream) {
+void launch_sum_parts(const A* rows, const RowParts<A>& parts, int64_t tasks, int64_t groups, int64_t size,
+                      Stream stream) {
   const int64_t chunks = ceil_div(size, kWarp);
   const unsigned grid = grid_size(groups * chunks);
   if (grid == 0) return;
-  METAFAST_LAUNCH((sum_groups_kernel<A>), grid, kThreads, 0, stream, rows, parts, tasks / groups, size, chunks);
+  METAFAST_LAUNCH((sum_parts_kernel<A>), grid, kThreads, 0, stream, rows, parts, tasks / groups, size, chunks);
 }
 
 }  // namespace metafast::cuda

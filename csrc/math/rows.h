@@ -7,9 +7,6 @@
 
 namespace metafast {
 
-// Rows rounded up to whole vectors of every width.
-constexpr int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
-
 // A batch of matrices [T, rows, columns] whose rows are contiguous; batches and rows may have any stride.
 template <class T>
 struct Rows {
