@@ -13,6 +13,7 @@ from torch import Tensor
 
 import metafast
 from metafast import mlp, reference
+from tests import simt
 from tests.cases import assert_bad_label_spoils_its_task, assert_same, cotangents, runs_cuda_sources
 
 DOUBLE = {"dtype": torch.float64}
@@ -287,6 +288,92 @@ def test_bad_label(label: int, device: torch.device) -> None:
     labels[1, 2] = label
     with pytest.raises(ValueError, match=f"targets: expected class numbers from 0 to 2, got {label}"):
         run(labels, x)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("with_query", [False, True])
+def test_bad_label_spoils_every_result(
+    with_query: bool, first_order: bool, steps: int, device: torch.device
+) -> None:
+    """Of both operators, where each task has its own parameters and rates; the other tasks keep their bits."""
+    inputs, _, query = (t.detach() for t in data(NETS[1]))
+    weights, biases = ([t.detach() for t in ts] for ts in net(NETS[1], (T,)))
+    rates = [torch.rand_like(t) for t in (*weights, *biases)]
+
+    def run(labels: Tensor) -> list[Tensor]:
+        arguments = (inputs, labels, query if with_query else None, weights, biases, rates)
+        options = (0.0, steps, 0, 0, first_order)
+        outputs, parameters, tape = mlp.LOOP(*arguments, *options)
+        upstream = (outputs.cos(), None) if with_query else (None, parameters.cos())
+        found = [outputs, parameters, *mlp.LOOP_VJP(*upstream, *arguments, *options, tape, True)]
+        return [t for t in found if t.dim() > 1]
+
+    labels = torch.tensor([[0, 1, 2, 2, 1]]).repeat(T, 1)
+    wanted = run(labels)
+    labels[1, 2] = 3
+    if not runs_cuda_sources(device):
+        with pytest.raises(ValueError, match="got 3"):
+            run(labels)
+        return
+    actual = run(labels)
+    assert len(actual) == 2 + 1 + with_query + 4 * len(weights)
+    for a, w in zip(actual, wanted, strict=True):
+        assert a[1].isnan().all() and torch.equal(a[[0, 2]], w[[0, 2]]) and not w.isnan().any()
+
+
+def test_net_in_global_memory(kernels: torch.device) -> None:
+    """Parameters beyond what shared memory holds, and more query rows than are worked on at a time."""
+    widths = (3, 90, 80, 2)
+    inputs, targets = data(widths)[:2]
+    query = torch.randn(T, 37, 3, **DOUBLE).requires_grad_()
+    weights, biases = net(widths)
+    lr = ([some(*w.shape) for w in weights], [some(*b.shape) for b in biases])
+    results = []
+    for module in (metafast, reference):
+        out = module.adapted_mlp(inputs, targets, query, weights, biases, lr, 2, activation="tanh")
+        leaves = [inputs, targets, query, *weights, *biases, *tensors(lr)]
+        results.append((out, torch.autograd.grad(out, leaves, out.detach().cos())))
+    assert_same(*results)
+    if simt.active():
+        assert simt.module().most_dynamic_shared() == 0
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(simt.unavailable()), reason=simt.unavailable())
+class TestEmulated:
+    def gradients(self, order: str, lead: tuple[int, ...] = (25,), rows: int = 10) -> list[Tensor]:
+        torch.manual_seed(0)
+        weights, biases = ([t.detach().float().requires_grad_() for t in ts] for ts in net(NETS[0]))
+        inputs, targets, query = (torch.randn(*lead, rows, 1) for _ in range(3))
+        rate = torch.full((2,), 0.01, requires_grad=True)
+        with simt.emulated(order):
+            out = metafast.adapted_mlp(inputs, targets, query, weights, biases, rate, 2)
+            return [out, *torch.autograd.grad(out, [*weights, *biases, rate], out.detach().cos())]
+
+    def test_same_bits_in_every_order_of_threads(self) -> None:
+        first, *others = (self.gradients(order) for order in ("forward", "reverse", "random"))
+        for other in others:
+            assert all(torch.equal(a, e) for a, e in zip(other, first, strict=True))
+
+    def test_sinusoid_net_fits_into_shared_memory(self) -> None:
+        """In both directions: the backward's is the larger."""
+        self.gradients("forward", (2,))
+        assert 32 * 1024 < simt.module().most_dynamic_shared() <= 46 * 1024
+
+    def test_most_layers(self) -> None:
+        x = torch.ones(1, 1, 1)
+
+        def run(layers: int) -> Tensor:
+            return metafast.adapted_mlp(
+                x, x, x, [torch.ones(1, 1)] * layers, [torch.ones(1)] * layers, 0.1, 1
+            )
+
+        with simt.emulated():
+            run(20)
+            with pytest.raises(ValueError, match="weights: expected at most 20 layers on a GPU, got 21"):
+                run(21)
+        assert run(21).shape == (1, 1, 1)
 
 
 def test_under_autocast(hardware: torch.device) -> None:
