@@ -132,19 +132,21 @@ std::tuple<Tensor, Tensor, Tensor> mlp_loop(const Tensor& inputs, const Tensor& 
   return {outputs, parameters, tape};
 }
 
-// The gradients of a list of tensors from rows of numbers [T, size] of the tasks.
+// The gradients of `count` tensors from rows of numbers of the tasks. One for each parameter: the weights, then the
+// biases, in rows that hold them layer by layer.
 template <class A>
-void sum_parts(const A* rows, const Tensor* tensors, const std::vector<int64_t>& order, int64_t tasks, int64_t groups,
+void sum_parts(const A* rows, const Tensor* tensors, int64_t count, int64_t layers, int64_t tasks, int64_t groups,
                cuda::Stream stream) {
+  if (groups == 0) return;
   cuda::RowParts<A> parts{};
   int64_t size = 0;
-  for (size_t k = 0; k < order.size(); ++k) {
-    const Tensor& tensor = tensors[order[k]];
-    size += groups ? tensor.numel() / groups : 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const Tensor& tensor = tensors[count == 2 * layers ? k / 2 + k % 2 * layers : k];
+    size += tensor.numel() / groups;
     parts.to[k] = tensor.mutable_data_ptr<A>();
     parts.end[k] = size;
   }
-  if (groups > 0) cuda::launch_sum_parts(rows, parts, tasks, groups, size, stream);
+  cuda::launch_sum_parts(rows, parts, tasks, groups, size, stream);
 }
 
 Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optional<Tensor>& grad_parameters,
@@ -185,19 +187,11 @@ Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optio
       own.packed = packed.data(), own.rates = of_rates->data(), own.rate_numbers = call.rate_numbers;
       cuda::launch_mlp_adapt_vjp(call.problem, own, T, call.memory->shared_bytes(), stream);
     }
-    const auto layer_by_layer = [&](int64_t first) {
-      std::vector<int64_t> order;
-      for (int64_t l = 0; l < layers; ++l) order.push_back(first + l), order.push_back(first + layers + l);
-      return order;
-    };
-    const int64_t first_rate = 3 + 2 * layers;
-    sum_parts(packed.data(), gradients.data(), layer_by_layer(3), T, arguments.groups, stream);
-    if (rates.empty()) return;
+    const int64_t count = static_cast<int64_t>(rates.size());
+    sum_parts(packed.data(), gradients.data() + 3, 2 * layers, layers, T, arguments.groups, stream);
+    if (count == 0) return;
     const A* const rows = of_rates ? of_rates->data() : nullptr;
-    std::vector<int64_t> order;
-    for (size_t k = 0; k < rates.size(); ++k) order.push_back(first_rate + k);
-    if (arguments.rate_for_each()) order = layer_by_layer(first_rate);
-    sum_parts(rows, gradients.data(), order, T, arguments.rate_groups, stream);
+    sum_parts(rows, gradients.data() + 3 + 2 * layers, count, layers, T, arguments.rate_groups, stream);
   });
   return gradients;
 }
