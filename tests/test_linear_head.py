@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +14,7 @@ from torch.func import grad, vmap
 import metafast
 from metafast import reference
 from metafast.linear_head import HEAD, HEAD_VJP, LOSSES
-from tests.cases import assert_same, gradients, shuffled_labels
-
-pytestmark = pytest.mark.cpu_only
+from tests.cases import assert_same, gradients, runs_cuda_sources, shuffled_labels
 
 FLOAT = {"dtype": torch.float64}
 #: T, n, m, d, C, K: K chooses the form (the Gram matrix where 4 C (K - 1) > n).
@@ -27,7 +25,15 @@ SIZES = {
     "one-step": (4, 6, 5, 17, 3, 1),
     "no-step": (2, 4, 3, 3, 2, 0),
     "one-row": (1, 1, 1, 1, 1, 2),
+    "beyond-shared-memory": (2, 60, 3, 5, 8, 8),
 }
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """New tensors are the device's."""
+    with device:
+        yield
 
 
 def problem(
@@ -100,6 +106,7 @@ OURS = (metafast.adapt_linear, metafast.adapted_logits)
 PLAIN = (reference.adapt_linear, reference.adapted_logits)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rate", ["number", "tensor", "step", "class", "parameter"])
@@ -148,6 +155,7 @@ def test_soft_labels_are_those_of_cross_entropy() -> None:
     assert_same(metafast.adapted_logits(support, labels, query, weight, bias, lr, steps), expected, 1e-12)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("offset", "bound"), [(0.0, 2e-6), (0.5, 2e-5)], ids=["centred", "of positive mean"])
 def test_accuracy_of_the_gram_form(offset: float, bound: float) -> None:
     """float32 against float64, relative to the largest entry: a wrong entry of the Gram matrix shows from 1e-4 on."""
@@ -188,6 +196,7 @@ def test_threads_change_no_bit(steps: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "weights"])
 def test_groups_of_tasks(gram: bool) -> None:
     """A weight, bias or rate for a group of consecutive tasks: its gradient is the sum over them."""
@@ -233,6 +242,7 @@ def test_opcheck(gram: bool, recorded: bool) -> None:
     torch.library.opcheck(HEAD_VJP, (values(2, 3, 3), None, None, *args, differentiable[1].detach(), tape))
 
 
+@pytest.mark.usefixtures("on_device")
 def test_leading_dimensions_and_views() -> None:
     support, labels = torch.randn(2, 3, 5, 4, **FLOAT), shuffled_labels((3, 5), 2)
     query, weight = torch.randn(4, 6, **FLOAT).mT, torch.randn(2, 1, 2, 4, **FLOAT)
@@ -247,11 +257,34 @@ def test_leading_dimensions_and_views() -> None:
         assert_same(query @ adapted[i, j].mT, one, 1e-13)
 
 
-def test_bad_label_under_either_form() -> None:
-    support, labels, *rest = problem(SIZES["gram"], "number", soft=False, bias=True, shared=True)
-    labels[1, 2] = 3
-    with pytest.raises(ValueError, match="labels: expected class numbers from 0 to 2, got 3"):
-        metafast.adapted_logits(support, labels, *rest)
+@pytest.mark.parametrize(
+    "sizes", [SIZES["gram"], SIZES["weights"], SIZES["no-step"]], ids=["gram", "weights", "none"]
+)
+@pytest.mark.parametrize("first_order", [False, True], ids=["second order", "first order"])
+@pytest.mark.parametrize("rate", ["number", "class", "parameter"])
+def test_bad_label(device: torch.device, rate: str, first_order: bool, sizes: tuple[int, ...]) -> None:
+    """An error where labels are read at once; on a GPU the task's results are NaN, and no other's."""
+    with device:
+        values = problem(sizes, rate, soft=False, bias=True, shared=False)
+    good = values[1]
+    bad = good.clone()
+    bad[1, 2] = sizes[4]
+
+    def run(labels: Tensor) -> list[Tensor]:
+        out = metafast.adapted_logits(values[0], labels, *values[2:], first_order=first_order)
+        inputs = [v for k, v in enumerate(values[:5]) if k != 1]
+        return [out, *torch.autograd.grad(out.sin().sum(), inputs)]
+
+    if not runs_cuda_sources(device):
+        with pytest.raises(
+            ValueError, match=f"labels: expected class numbers from 0 to {sizes[4] - 1}, got {sizes[4]}"
+        ):
+            run(bad)
+        return
+    others = [t for t in range(sizes[0]) if t != 1]
+    for spoilt, expected in zip(run(bad), run(good), strict=True):
+        assert spoilt[1].isnan().all()
+        assert torch.equal(spoilt[others], expected[others])
 
 
 def test_half_types_and_autocast_give_float32() -> None:

@@ -13,9 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import metafast
 from metafast import reference
 from metafast.ridge import RIDGE, RIDGE_VJP
-from tests.cases import assert_same, cotangents, gradients
-
-pytestmark = pytest.mark.cpu_only
+from tests.cases import assert_same, cotangents, gradients, runs_cuda_sources
 
 T, N, M, D, C = 2, 4, 3, 5, 2
 LABELS = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]])
@@ -117,13 +115,12 @@ def test_same_bits_for_any_number_of_threads(tasks: int) -> None:
 
 @pytest.mark.parametrize("regularisation", [-100.0, 0.0, torch.nan])
 @pytest.mark.parametrize("n", [3, 20])
-def test_not_positive_definite(regularisation: float, n: int) -> None:
+def test_not_positive_definite(regularisation: float, n: int, device: torch.device) -> None:
     """Two equal rows: the task is NaN in value and gradients, its neighbours are untouched."""
-    ones = torch.ones(3)
-    x, q = torch.zeros(3, n, n), torch.randn(3, 5, n)
-    x[:] = torch.eye(n)
+    ones = torch.ones(3, device=device)
+    x, q = torch.eye(n, device=device).repeat(3, 1, 1), torch.randn(3, 5, n, device=device)
     x[:, 1] = x[:, 0]
-    labels = (torch.arange(n) % 2).expand(3, n)
+    labels = (torch.arange(n, device=device) % 2).expand(3, n)
     good = gradients(
         lambda s, q, r, _: metafast.ridge_logits(s, labels, q, r, num_classes=2), [x, q, ones], 2
     )
@@ -131,6 +128,27 @@ def test_not_positive_definite(regularisation: float, n: int) -> None:
     bad[1] = regularisation
     out = gradients(lambda s, q, r, _: metafast.ridge_logits(s, labels, q, r, num_classes=2), [x, q, bad], 2)
     for a, e in zip(out, good, strict=True):
+        assert a[1].isnan().all() and torch.equal(a[[0, 2]], e[[0, 2]])
+
+
+def test_bad_label(device: torch.device) -> None:
+    """An error where labels are read at once; on a GPU the task's results are NaN, and no other's."""
+    inputs = [rows(*shape).to(device) for shape in ((3, N, D), (3, M, D), (3,), (3,), (3,))]
+    good = LABELS[[0, 1, 0]].to(device)
+    bad = good.clone()
+    bad[1, 2] = -1
+
+    def run(labels: Tensor) -> tuple[Tensor, ...]:
+        def head(s: Tensor, q: Tensor, ridge: Tensor, scale: Tensor, offset: Tensor, _: int) -> Tensor:
+            return metafast.ridge_logits(s, labels, q, ridge.square() + 1, scale, offset, num_classes=C)
+
+        return gradients(head, inputs, C)
+
+    if not runs_cuda_sources(device):
+        with pytest.raises(ValueError, match="labels: expected class numbers from 0 to 1, got -1"):
+            run(bad)
+        return
+    for a, e in zip(run(bad), run(good), strict=True):
         assert a[1].isnan().all() and torch.equal(a[[0, 2]], e[[0, 2]])
 
 

@@ -72,21 +72,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_an
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
-    const Tensor& grad_any, const Tensor& support_any, const Tensor& labels, const Tensor& query_any,
+    const Tensor& grad_any, const Tensor& support_any, const Tensor& labels_any, const Tensor& query_any,
     const std::optional<Tensor>& regularisation, const std::optional<Tensor>& scale, double, double fixed_scale_,
     const Tensor& weight_any, const Tensor& alpha_any, const Tensor& factor_any) {
   cuda::check_device(support_any, "support");
   const int64_t C = grad_any.dim() == 3 ? grad_any.size(2) : 0;
-  check_ridge(support_any, labels, query_any, C);
+  check_ridge(support_any, labels_any, query_any, C);
   check_per_task(regularisation, "regularisation", support_any);
   check_per_task(scale, "scale", support_any);
   check_ridge_upstream(grad_any, support_any, query_any, weight_any, alpha_any, factor_any);
   const auto guard = cuda::device_guard(support_any);
   const Tensor support = contiguous_rows(support_any), query = contiguous_rows(query_any);
-  const Tensor grad = dense(grad_any), weight = dense(weight_any);
+  const Tensor grad = dense(grad_any), weight = dense(weight_any), labels = dense(labels_any);
   const Tensor alpha = dense(alpha_any), factor = dense(factor_any);
   const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2);
-  const bool soft = labels.dim() == 3;
+  const bool soft = labels_any.dim() == 3;
   Tensor grad_support = new_empty(query, {T, n, d}), grad_query = new_empty(query, {T, m, d});
   Tensor grad_labels = new_empty(query, {soft ? T : 0, n, C});
   Tensor grad_regularisation = new_empty(query, {regularisation ? T : 0});
@@ -109,7 +109,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ridge_logits_vjp(
     const WorkingMemory<A> memory(query, T, cuda::ridge_memory(n, C));
     cuda::launch_ridge_gradients<A>(
         products.products(),
-        {upstream, slopes.data(), weight.template const_data_ptr<A>(), alphas, factor.template const_data_ptr<A>(), m,
+        {upstream,
+         slopes.data(),
+         weight.template const_data_ptr<A>(),
+         alphas,
+         factor.template const_data_ptr<A>(),
+         {soft ? nullptr : labels.const_data_ptr<int64_t>(), n},
+         m,
          d},
         scales,
         {solution.data(), soft ? grad_labels.template mutable_data_ptr<A>() : nullptr,

@@ -94,6 +94,7 @@ struct RidgeSaved {
   const A* weight;  // [T, C, d]
   const A* alpha;   // [T, n, C]
   const A* factor;  // [T, n, n]
+  Labels labels;    // null: targets
   int64_t m;
   int64_t d;
 };
@@ -128,6 +129,8 @@ __global__ void __launch_bounds__(kThreads)
     of_scale += static_cast<double>(saved.slopes[at]) * saved.weight[at];
   }
   for (int64_t k = threadIdx.x; k < saved.m * C; k += kThreads) of_offset += saved.grad[t * saved.m * C + k];
+  // Everything else is made from the factor, which is NaN then.
+  if (saved.labels.data != nullptr && sees_bad_label(saved.labels, t, C)) of_offset = not_a_number<double>();
   of_regularisation = block_sum(of_regularisation);
   __syncthreads();
   of_scale = block_sum(of_scale);
