@@ -107,6 +107,8 @@ class Variant:
     compiled: bool = False
     #: False for a yardstick that does other work on purpose.
     checked: bool = True
+    #: False: too many kernels for the CUDA graph that times them on a GPU.
+    on_gpu: bool = True
 
     def calls(self, copies: Sequence[Inputs], compiler: Callable[..., Any] = torch.compile) -> list[Call]:
         """The same work on each of several copies of the inputs."""
@@ -715,7 +717,7 @@ def mlp_case(name: str, title: str, sizes: inner_mlp.MlpSizes, goals: tuple[Goal
             Variant(OURS, inner_mlp.fused),
             Variant("torch.func vmap", inner_mlp.mapped),
             Variant("torch.compile, torch.func vmap", inner_mlp.mapped, compiled=True),
-            Variant("per-task Python loop", inner_mlp.looped),
+            Variant("per-task Python loop", inner_mlp.looped, on_gpu=False),
         ),
         goals=goals,
         flops=sizes.flops,

@@ -12,7 +12,8 @@ kernel
     as well, and the gaps between them on the device, but nothing of the host. *Cold*: the copies are together at
     least ``CACHES`` times as large as the L2 cache, so that every call reads its inputs from device memory (what a call
     writes may stay in the cache). *Warm*: all calls read the same inputs, which may lie in the L2 cache, as
-    features do that an encoder has just written. Gates and shares of ceilings are about cold inputs.
+    features do that an encoder has just written. Gates and shares of ceilings are about cold inputs; those of a case
+    that is not about memory are never cold.
 profile
     Duration of every kernel of our call by torch.profiler (CUPTI), warm, the mean of ``PROFILED`` calls. Their sum
     leaves the gaps out.
@@ -63,6 +64,9 @@ KERNEL_GATES = {
     "prototypical-head-d1600": {"H100": 28e-6, "H200": 20e-6},
     "prototypical-head-d64": {"H100": 10e-6, "H200": 10e-6},
     "prototypes-d1600": {"H100": 10e-6, "H200": 8e-6},
+    "maml-sinusoid-k1": {"H100": 10e-6, "H200": 10e-6},
+    "maml-sinusoid-k5": {"H100": 20e-6, "H200": 20e-6},
+    "maml-sinusoid-k10": {"H100": 32e-6, "H200": 32e-6},
 }
 
 #: Least ratio of wall times for the heads, against the faster torch.cdist form.
@@ -150,6 +154,8 @@ def shares(case: Case, seconds: float, limits: dict[str, float]) -> dict[str, fl
     """Rates of a call of ``seconds``, and their shares of the ceilings."""
     found = {}
     for unit, amount in (("bytes", case.traffic), ("flops", case.flops)):
+        if amount == 0:
+            continue
         rate = amount / seconds
         found[f"{unit}_per_second"] = rate
         found[f"share_of_{'copy' if unit == 'bytes' else 'sgemm'}"] = rate / limits[f"{unit}_per_second"]
@@ -220,11 +226,11 @@ def run_case(case: Case, limits: dict[str, float], quick: bool) -> dict[str, Any
     record = blank(case.name, case.title, vars(case.sizes), case.traffic, case.flops)
     inputs = case.inputs(case.sizes).each(lambda tensor: tensor.cuda())
     error_of = case.check(inputs)
-    count = record["copies"] = enough_copies(inputs, properties.L2_cache_size)
+    count = record["copies"] = enough_copies(inputs, properties.L2_cache_size) if case.traffic else 1
     copies = [inputs, *(inputs.each(torch.clone) for _ in range(count - 1))]
     calls: dict[str, list[Call]] = {}
     for variant in case.variants:
-        if quick and variant.compiled:
+        if (quick and variant.compiled) or not variant.on_gpu:
             continue
         try:
             own = variant.calls(copies)
@@ -250,7 +256,7 @@ def run_case(case: Case, limits: dict[str, float], quick: bool) -> dict[str, Any
         graphs: dict[str, Call] = {}
         lengths: dict[str, int] = {}
         for name, own in calls.items():
-            together = own if kind == "cold" else own[:1] * WARM_CALLS
+            together = own if kind == "cold" and case.traffic else own[:1] * WARM_CALLS
             try:
                 graphs[name] = captured(together)
                 lengths[name] = len(together)
@@ -415,7 +421,7 @@ def run(quick: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         "cases": [],
         "failed": {},
     }
-    on_device = {case.name: case for case in CASES if case.traffic}
+    on_device = {case.name: case for case in CASES if case.traffic or case.name in KERNEL_GATES}
     for name, case in on_device.items():
         attempt(result, name, lambda case=case: run_case(case, result["ceilings"], quick))
         save(result)

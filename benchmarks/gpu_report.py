@@ -101,14 +101,10 @@ def workload(record: Record) -> Iterator[str]:
     for name, unit in (("traffic", "MB"), ("flops", "MFLOP")):
         if record[name]:
             facts.append(f"{record[name] / 1e6:.4g} {unit}")
-    if record["shares"]:
-        facts.append(
-            f"{record['shares']['bytes_per_second'] / 1e9:.4g} GB/s ({share(record, 'copy')} of the copy)"
-        )
-        facts.append(
-            f"{record['shares']['flops_per_second'] / 1e9:.4g} GFLOP/s ({share(record, 'sgemm')} of the sgemm)"
-        )
-    if record["copies"]:
+    for unit, name, of in (("bytes", "GB/s", "copy"), ("flops", "GFLOP/s", "sgemm")):
+        if (rate := record["shares"].get(f"{unit}_per_second")) is not None:
+            facts.append(f"{rate / 1e9:.4g} {name} ({share(record, of)} of the {of})")
+    if record["copies"] > 1:
         facts.append(f"{record['copies']} copies of the inputs for the cold times")
     yield "; ".join(facts) + "."
     yield ""

@@ -368,8 +368,6 @@ def _adapted(
         {**data, **{k: v for k, v in inputs.items() if k != "targets"}},
         kernels_only=False,
         promotes=True,
-        cuda=False,
-        emulated=False,
         condition=4.0,
     )
 
@@ -387,7 +385,7 @@ _MLPS = (
             "bias": Input("3", per_task=False),
             "top": Input("C 3", per_task=False),
         },
-        lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.3),
+        lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.1),
         unit_rows=True,
     ),
     _adapted(

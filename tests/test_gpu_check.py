@@ -378,6 +378,7 @@ class TestBenchmarks:
             ("prototypes-d1600", "NVIDIA H200", None, {"gate": 8e-6, "verdict": "not measured"}),
             ("prototypes-d1600", "NVIDIA A100", 1e-6, None),
             ("prototypes-d64", "NVIDIA H100", 1e-6, None),
+            ("maml-sinusoid-k5", "NVIDIA H200", 21e-6, {"gate": 20e-6, "verdict": "miss"}),
         ],
     )
     def test_kernel_gates(self, name: str, device: str, seconds: Any, expected: Any) -> None:
@@ -487,6 +488,26 @@ class TestCases:
         assert compiled["note"] == "RuntimeError: no Triton" and compiled["wall"] is None
         assert "torch.compile" in "\n".join(gpu_report.workload(found))
         json.dumps(found)
+
+    def test_what_is_not_about_memory_has_one_copy(self) -> None:
+        """The kernel time of a case without traffic, whose inputs no cache would miss."""
+        loop = cases.Variant("loop", lambda x: 1 / 0, on_gpu=False)
+        found = gpu.run_case(doubling(loop, name="maml-sinusoid-k1", traffic=0), LIMITS, quick=True)
+        assert found["copies"] == 1 and [row["variant"] for row in found["rows"]] == [OURS]
+        assert found["rows"][0]["kernel"] == found["rows"][0]["kernel_warm"] == pytest.approx(1e-6)
+        assert found["kernel_gate"] == {"gate": 10e-6, "verdict": "pass"}
+        assert set(found["shares"]) == {"flops_per_second", "share_of_sgemm"}
+        text = "\n".join(gpu_report.workload(found))
+        assert "of the sgemm" in text and "of the copy" not in text and "copies" not in text
+
+    def test_what_runs_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every case that is about memory, and every one with a gate."""
+        tried: list[str] = []
+        monkeypatch.setattr(gpu, "measure_ceilings", lambda quick: LIMITS)
+        monkeypatch.setattr(gpu, "attempt", lambda result, name, work: tried.append(name))
+        gpu.run(False, lambda result: None)
+        assert set(gpu.KERNEL_GATES) | {"pairwise-distance-d64"} <= set(tried)
+        assert not [name for name in tried if name.startswith(("host-cost", "episodes"))]
 
     def test_wrong_results_are_not_timed(self) -> None:
         found = gpu.run_case(doubling(cases.Variant("other", lambda x: x + x.detach())), LIMITS, quick=True)

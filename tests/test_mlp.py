@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,14 +13,24 @@ from torch import Tensor
 
 import metafast
 from metafast import mlp, reference
+from tests import simt
 from tests.cases import assert_bad_label_spoils_its_task, assert_same, cotangents, runs_cuda_sources
-
-pytestmark = pytest.mark.cpu_only
 
 DOUBLE = {"dtype": torch.float64}
 T, N, M, K = 3, 5, 4, 3
 #: Widths that fill vectors, that do not, and that are one number; one layer and many.
 NETS = ((1, 40, 40, 1), (4, 6, 5, 3), (19, 2), (2, 17, 33, 16, 5))
+
+
+@pytest.fixture(autouse=True)
+def _tensors_there(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors of a test lie where it runs."""
+    names = {"device", "hardware", "kernels"} & set(request.fixturenames)
+    with contextlib.ExitStack() as stack:
+        for device in (request.getfixturevalue(name) for name in names):
+            if device.type != "cpu":
+                stack.enter_context(device)
+        yield
 
 
 def net(
@@ -81,7 +92,7 @@ def assert_equal_derivatives(functions: Sequence[Callable[[], Any]], leaves: Seq
 @pytest.mark.parametrize("loss", mlp.LOSSES)
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
 def test_rates(
-    activation: str, loss: str, rates: str, lead: tuple[int, ...], first_order: bool, hardware: torch.device
+    activation: str, loss: str, rates: str, lead: tuple[int, ...], first_order: bool, device: torch.device
 ) -> None:
     widths = NETS[1]
     inputs, targets, query = data(widths, loss)
@@ -122,7 +133,7 @@ def test_widths(widths: tuple[int, ...], steps: int, kernels: torch.device) -> N
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (1,), (0,)], ids=str)
-def test_leading_dimensions(lead: tuple[int, ...], hardware: torch.device) -> None:
+def test_leading_dimensions(lead: tuple[int, ...], device: torch.device) -> None:
     """Of the data, of the parameters, and of both."""
     for of_data, of_weights, of_biases in (
         (lead, (), ()),
@@ -142,7 +153,7 @@ def test_leading_dimensions(lead: tuple[int, ...], hardware: torch.device) -> No
 
 
 @pytest.mark.parametrize("rates", ["scalar", "steps", "layers", "parameters"])
-def test_vmap_over_parameters_and_rates(rates: str, hardware: torch.device) -> None:
+def test_vmap_over_parameters_and_rates(rates: str, device: torch.device) -> None:
     """Two networks with rates of their own on the same three tasks: groups of tasks inside the operator."""
     inputs, targets, query = (t.detach() for t in data(NETS[1]))
     nets = [net(NETS[1]) for _ in range(2)]
@@ -175,7 +186,7 @@ def test_vmap_over_parameters_and_rates(rates: str, hardware: torch.device) -> N
         assert_same(actual, expected)
 
 
-def test_groups_of_the_operator(hardware: torch.device) -> None:
+def test_groups_of_the_operator(device: torch.device) -> None:
     """Six tasks, two networks and three groups of rates: gradients are sums over the tasks that each serves."""
     inputs, targets, query = data(NETS[1], lead=(6,))
     weights, biases = net(NETS[1], (2,))
@@ -251,7 +262,7 @@ def test_tanh_of_every_size(kernels: torch.device) -> None:
     torch.testing.assert_close(actual.double(), exact, rtol=3e-7, atol=0, equal_nan=True)
 
 
-def test_class_numbers_are_probabilities_of_one(hardware: torch.device) -> None:
+def test_class_numbers_are_probabilities_of_one(device: torch.device) -> None:
     inputs, _, query = data(NETS[1])
     weights, biases = net(NETS[1])
     labels = torch.tensor([[0, 1, 2, 2, 1]]).repeat(T, 1)
@@ -277,6 +288,92 @@ def test_bad_label(label: int, device: torch.device) -> None:
     labels[1, 2] = label
     with pytest.raises(ValueError, match=f"targets: expected class numbers from 0 to 2, got {label}"):
         run(labels, x)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("with_query", [False, True])
+def test_bad_label_spoils_every_result(
+    with_query: bool, first_order: bool, steps: int, device: torch.device
+) -> None:
+    """Of both operators, where each task has its own parameters and rates; the other tasks keep their bits."""
+    inputs, _, query = (t.detach() for t in data(NETS[1]))
+    weights, biases = ([t.detach() for t in ts] for ts in net(NETS[1], (T,)))
+    rates = [torch.rand_like(t) for t in (*weights, *biases)]
+
+    def run(labels: Tensor) -> list[Tensor]:
+        arguments = (inputs, labels, query if with_query else None, weights, biases, rates)
+        options = (0.0, steps, 0, 0, first_order)
+        outputs, parameters, tape = mlp.LOOP(*arguments, *options)
+        upstream = (outputs.cos(), None) if with_query else (None, parameters.cos())
+        found = [outputs, parameters, *mlp.LOOP_VJP(*upstream, *arguments, *options, tape, True)]
+        return [t for t in found if t.dim() > 1]
+
+    labels = torch.tensor([[0, 1, 2, 2, 1]]).repeat(T, 1)
+    wanted = run(labels)
+    labels[1, 2] = 3
+    if not runs_cuda_sources(device):
+        with pytest.raises(RuntimeError, match="got 3"):
+            run(labels)
+        return
+    actual = run(labels)
+    assert len(actual) == 2 + 1 + with_query + 4 * len(weights)
+    for a, w in zip(actual, wanted, strict=True):
+        assert a[1].isnan().all() and torch.equal(a[[0, 2]], w[[0, 2]]) and not w.isnan().any()
+
+
+def test_net_in_global_memory(kernels: torch.device) -> None:
+    """Parameters beyond what shared memory holds, and more query rows than are worked on at a time."""
+    widths = (3, 90, 80, 2)
+    inputs, targets = data(widths)[:2]
+    query = torch.randn(T, 37, 3, **DOUBLE).requires_grad_()
+    weights, biases = net(widths)
+    lr = ([some(*w.shape) for w in weights], [some(*b.shape) for b in biases])
+    results = []
+    for module in (metafast, reference):
+        out = module.adapted_mlp(inputs, targets, query, weights, biases, lr, 2, activation="tanh")
+        leaves = [inputs, targets, query, *weights, *biases, *tensors(lr)]
+        results.append((out, torch.autograd.grad(out, leaves, out.detach().cos())))
+    assert_same(*results)
+    if simt.active():
+        assert simt.module().most_dynamic_shared() == 0
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(simt.unavailable()), reason=simt.unavailable())
+class TestEmulated:
+    def gradients(self, order: str, lead: tuple[int, ...] = (25,), rows: int = 10) -> list[Tensor]:
+        torch.manual_seed(0)
+        weights, biases = ([t.detach().float().requires_grad_() for t in ts] for ts in net(NETS[0]))
+        inputs, targets, query = (torch.randn(*lead, rows, 1) for _ in range(3))
+        rate = torch.full((2,), 0.01, requires_grad=True)
+        with simt.emulated(order):
+            out = metafast.adapted_mlp(inputs, targets, query, weights, biases, rate, 2)
+            return [out, *torch.autograd.grad(out, [*weights, *biases, rate], out.detach().cos())]
+
+    def test_same_bits_in_every_order_of_threads(self) -> None:
+        first, *others = (self.gradients(order) for order in ("forward", "reverse", "random"))
+        for other in others:
+            assert all(torch.equal(a, e) for a, e in zip(other, first, strict=True))
+
+    def test_sinusoid_net_fits_into_shared_memory(self) -> None:
+        """In both directions: the backward's is the larger."""
+        self.gradients("forward", (2,))
+        assert 32 * 1024 < simt.module().most_dynamic_shared() <= 46 * 1024
+
+    def test_most_layers(self) -> None:
+        x = torch.ones(1, 1, 1)
+
+        def run(layers: int) -> Tensor:
+            return metafast.adapted_mlp(
+                x, x, x, [torch.ones(1, 1)] * layers, [torch.ones(1)] * layers, 0.1, 1
+            )
+
+        with simt.emulated():
+            run(20)
+            with pytest.raises(ValueError, match="weights: expected at most 20 layers on a GPU, got 21"):
+                run(21)
+        assert run(21).shape == (1, 1, 1)
 
 
 def test_under_autocast(hardware: torch.device) -> None:

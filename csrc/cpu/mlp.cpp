@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/distance.h"
+#include "mlp_arguments.h"
 
 #define METAFAST_KERNELS "cpu/mlp_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -17,132 +18,33 @@
 namespace metafast {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 // The checked arguments that both operators share, and the layout of the blocks.
-struct MlpArguments {
-  const Tensor& inputs;
-  const Tensor& targets;
-  const std::optional<Tensor>& query;
-  const Tensors& weights;
-  const Tensors& biases;
-  const Tensors& rates;
-  int64_t tasks;
-  int64_t groups = 1;
-  int64_t rate_groups = 1;
-  int64_t packed = 0;  // numbers of a task's parameters
-  std::vector<int64_t> width, weight, bias, column;
+struct MlpLayout : MlpArguments {
+  std::vector<int64_t> weight, bias, column;
   MlpPlan plan{};
 
-  MlpArguments(const Tensor& inputs_, const Tensor& targets_, const std::optional<Tensor>& query_,
-               const Tensors& weights_, const Tensors& biases_, const Tensors& rates_, int64_t steps,
-               int64_t activation, int64_t loss, bool first_order)
-      : inputs(inputs_), targets(targets_), query(query_), weights(weights_), biases(biases_), rates(rates_), tasks(0) {
+  template <class... Arguments>
+  explicit MlpLayout(const Tensor& any, const Arguments&... rest) : MlpArguments(any, rest...) {
     check_cpu(inputs, "inputs");
-    check_dim(inputs, "inputs", 3, "[T, n, in]");
-    tasks = inputs.size(0);
-    const int64_t layers = static_cast<int64_t>(weights.size()), n = inputs.size(1);
-    if (layers == 0 || biases.size() != weights.size()) fail("weights: expected at least one, and a bias for each");
-    if (steps < 0) fail("steps: expected 0 or more, got ", steps);
-    if (activation < 0 || activation > 1) fail("activation: expected 0 or 1, got ", activation);
-    if (loss < 0 || loss > 1) fail("loss: expected 0 or 1, got ", loss);
-    const bool shared = weights[0].dim() == 2;
-    if (!shared) groups = weights[0].size(0);
-    check_groups(groups, "weights");
-    width.push_back(inputs.size(2));
     int64_t parameters = 0, columns = 0;
-    for (int64_t l = 0; l < layers; ++l) {
-      const int64_t in = width[l], out = biases[l].size(-1);
-      check_parameter(weights[l], "weights", groups, shared, {out, in});
-      check_parameter(biases[l], "biases", groups, shared, {out});
-      width.push_back(out);
+    for (int64_t l = 0; l < layers(); ++l) {
+      const int64_t in = width[l], out = width[l + 1];
       weight.push_back(parameters);
       bias.push_back(parameters + (l == 0 ? in * padded(out) : out * padded(in)));
       parameters = bias.back() + padded(out);
       column.push_back(columns);
       columns += padded(out);
-      packed += out * (in + 1);
     }
-    if (query) {
-      check_like(*query, "query", inputs, "inputs");
-      check_dim(*query, "query", 3, "[T, m, in]");
-      check_shape(*query, "query", {tasks, query->size(1), width[0]});
-    }
-    if (targets.scalar_type() == ScalarType::Long) {
-      check_labels(targets, "targets", inputs);
-      check_shape(targets, "targets", {tasks, n});
-      if (loss != static_cast<int64_t>(InnerLoss::cross_entropy)) fail("targets: class numbers need cross_entropy");
-    } else {
-      check_like(targets, "targets", inputs, "inputs");
-      check_shape(targets, "targets", {tasks, n, width.back()});
-    }
-    check_rates(layers, steps);
-    plan = {layers,
-            n,
-            query ? query->size(1) : 0,
-            steps,
-            width.data(),
-            weight.data(),
-            bias.data(),
-            column.data(),
-            parameters,
-            columns,
-            static_cast<Activation>(activation),
-            static_cast<InnerLoss>(loss),
-            first_order};
+    plan = {layers(),      rows,       query_rows, steps,      width.data(), weight.data(), bias.data(),
+            column.data(), parameters, columns,    activation, loss,         first_order};
   }
-  MlpArguments(const MlpArguments&) = delete;
 
-  bool rate_for_each() const { return rates.size() == 2 * weights.size(); }
-  bool labelled() const { return targets.scalar_type() == ScalarType::Long; }
   int64_t group(int64_t t) const { return t / (tasks / groups); }
   int64_t rate_group(int64_t t) const { return t / (tasks / rate_groups); }
 
   // About the multiply-adds of a task, forward or backward.
   int64_t work(bool backward) const {
     return plan.parameters * (plan.steps * plan.rows * (backward ? 6 : 3) + plan.query_rows * (backward ? 2 : 1) + 1);
-  }
-
- private:
-  void check_groups(int64_t count, const char* name) const {
-    if (count < 0 || (count == 0 ? tasks != 0 : tasks % count != 0)) {
-      fail(name, ": expected a leading dimension that divides ", tasks, ", got ", count);
-    }
-  }
-
-  void check_parameter(const Tensor& tensor, const char* name, int64_t count, bool shared,
-                       std::initializer_list<int64_t> own) const {
-    check_like(tensor, name, inputs, "inputs");
-    std::vector<int64_t> shape(own);
-    if (!shared) shape.insert(shape.begin(), count);
-    bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-    for (int64_t k = 0; same && k < tensor.dim(); ++k) same = tensor.size(k) == shape[k];
-    if (!same) fail(name, ": shapes do not fit those of the layers before, got ", shape_text(tensor));
-  }
-
-  void check_rates(int64_t layers, int64_t steps) {
-    if (rates.empty()) return;
-    const int64_t count = static_cast<int64_t>(rates.size());
-    if (count != 1 && count != layers && count != 2 * layers) {
-      fail("rates: expected none, one, one for each layer or one for each parameter, got ", count);
-    }
-    const bool shared = rates[0].dim() == (rate_for_each() ? 2 : 1);
-    if (!shared) rate_groups = rates[0].size(0);
-    check_groups(rate_groups, "rates");
-    for (int64_t k = 0; k < count; ++k) {
-      if (rate_for_each()) {
-        const int64_t l = k % layers;
-        if (k < layers) {
-          check_parameter(rates[k], "rates", rate_groups, shared, {width[l + 1], width[l]});
-        } else {
-          check_parameter(rates[k], "rates", rate_groups, shared, {width[l + 1]});
-        }
-      } else {
-        const int64_t size = rates[k].size(-1);
-        check_parameter(rates[k], "rates", rate_groups, shared, {size});
-        if (size != 1 && size != steps) fail("rates: expected 1 or ", steps, " numbers, got ", size);
-      }
-    }
   }
 };
 
@@ -187,13 +89,13 @@ void for_each_parameter(const MlpPlan& plan, Element* block, const Visit& visit)
 // The initial parameters of every group and the rates of every group of rates, as the kernels want them.
 template <class A>
 struct MlpBlocks {
-  const MlpArguments& arguments;
+  const MlpLayout& arguments;
   Scratch<A> initial;      // [G, block]
   Scratch<A> step_rates;   // [rate groups, steps, layers]
   Scratch<A> block_rates;  // [rate groups, block]
   Tensor labels;
 
-  MlpBlocks(const MlpArguments& from, double rate)
+  MlpBlocks(const MlpLayout& from, double rate)
       : arguments(from),
         initial(from.groups * from.plan.parameters),
         step_rates(from.rate_groups * from.plan.steps * from.plan.layers),
@@ -256,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_loop(const Tensor& inputs, const Tensor& 
                                             const std::optional<Tensor>& query, const Tensors& weights,
                                             const Tensors& biases, const Tensors& rates, double rate, int64_t steps,
                                             int64_t activation, int64_t loss, bool first_order) {
-  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
+  const MlpLayout arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
   const MlpPlan& plan = arguments.plan;
   const int64_t T = arguments.tasks, m = plan.query_rows, C = arguments.width.back(), P = arguments.packed;
   Tensor outputs = empty(inputs, {T, m, C}), parameters = empty(inputs, {T, query ? 0 : P});
@@ -288,39 +190,15 @@ Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optio
                      const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& query,
                      const Tensors& weights, const Tensors& biases, const Tensors& rates, double rate, int64_t steps,
                      int64_t activation, int64_t loss, bool first_order, const Tensor& tape_any, bool data) {
-  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
+  const MlpLayout arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
   const MlpPlan& plan = arguments.plan;
-  const int64_t T = arguments.tasks, n = plan.rows, m = plan.query_rows, P = arguments.packed;
+  const int64_t T = arguments.tasks, n = plan.rows, m = plan.query_rows;
   const int64_t in = arguments.width[0], C = arguments.width.back();
-  check_like(tape_any, "tape", inputs, "inputs");
-  check_shape(tape_any, "tape", {T, plan.tape()});
-  if (grad_outputs) {
-    check_like(*grad_outputs, "grad_outputs", inputs, "inputs");
-    check_shape(*grad_outputs, "grad_outputs", {T, m, C});
-  }
-  if (grad_parameters) {
-    check_like(*grad_parameters, "grad_parameters", inputs, "inputs");
-    check_shape(*grad_parameters, "grad_parameters", {T, query ? 0 : P});
-  }
+  arguments.check_upstream(grad_outputs, grad_parameters, tape_any);
   const Tensor tape = tape_any.is_contiguous() ? tape_any : torch::stable::contiguous(tape_any);
   const bool soft = data && !arguments.labelled();
-  Tensors gradients{data ? empty(inputs, {T, n, in}) : empty(inputs, {0}),
-                    soft ? empty(inputs, {T, n, C}) : empty(inputs, {0}),
-                    data && query ? empty(inputs, {T, m, in}) : empty(inputs, {0})};
-  for (const Tensors* list : {&weights, &biases, &rates}) {
-    for (const Tensor& tensor : *list) {
-      switch (tensor.dim()) {
-        case 1:
-          gradients.push_back(empty(inputs, {tensor.size(0)}));
-          break;
-        case 2:
-          gradients.push_back(empty(inputs, {tensor.size(0), tensor.size(1)}));
-          break;
-        default:
-          gradients.push_back(empty(inputs, {tensor.size(0), tensor.size(1), tensor.size(2)}));
-      }
-    }
-  }
+  Tensors gradients =
+      arguments.gradients(data, [&](std::initializer_list<int64_t> sizes) { return empty(inputs, sizes); });
   dispatch_full(inputs.scalar_type(), "inputs", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
     const MlpBlocks<A> blocks(arguments, rate);

@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
+#include "math/activation.h"
 #include "math/inner_loss.h"
 #include "math/matrix.h"
 
 namespace metafast {
-
-enum class Activation : int64_t { relu, tanh };
 
 // Widths are padded to 16 elements: whole vectors of every instruction set, pads hold zeros.
 // A parameter block holds layer 0 as [in, out] (its products then run along `out` for any number of inputs), the others

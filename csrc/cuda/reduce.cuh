@@ -21,6 +21,17 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
+// The largest of the warp, in every lane; a NaN may be passed over.
+template <class A>
+__device__ __forceinline__ A warp_max(A value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const A other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 constexpr METAFAST_HOST_DEVICE int next_power_of_two(int n) {
   int power = 1;
   while (power < n) power *= 2;

@@ -19,8 +19,6 @@ import metafast  # noqa: F401  (defines the operators)
 CPU_ONLY = {"vector_bits", "keep_pages", "build_info"}
 #: Operators whose kernels for GPUs are still to come, and one that torch's own do the work of.
 WITHOUT_CUDA = {
-    "mlp_loop",
-    "mlp_loop_vjp",
     "sgd_update",
 }
 

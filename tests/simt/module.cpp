@@ -135,6 +135,7 @@ PYBIND11_MODULE(metafast_simt, m) {
   m.attr("kind") = SIMT_KIND;
   m.def("configure", &configure, py::arg("order"), py::arg("seed") = 1);
   m.def("launches", [] { return simt::Machine::shared().launches(); });
+  m.def("most_dynamic_shared", [] { return simt::Machine::shared().most_dynamic_shared(); });
   m.attr("correct") = py::tuple(py::cast(names(cases::kCorrect)));
   m.attr("planted") = py::tuple(py::cast(names(cases::kPlanted)));
   m.def("run", &run, py::arg("case"));

@@ -21,9 +21,15 @@ from typing import NamedTuple
 from tests.simt.build import ROOT
 
 COPY = ROOT / "build" / "simt" / "mutants"
-TESTS = ("tests/test_values.py", "tests/test_errors.py", "tests/test_derivatives.py")
+TESTS = (
+    "tests/test_values.py",
+    "tests/test_errors.py",
+    "tests/test_derivatives.py",
+    "tests/test_mlp.py",
+)
 #: The tests that reach most of the kernels come first; the rest only runs for what they let through.
 FIRST = "emulated and (test_dtypes or test_large or test_many_tasks or test_layouts or TestBadLabels)"
+OF_MLP = "emulated and (test_rates or test_bad_label or (adapted_mlp and (test_dtypes or test_large)))"
 SWITCH = """#pragma once
 #include <cstdlib>
 inline const int chosen_mutant = std::getenv("METAFAST_MUTANT") ? std::atoi(std::getenv("METAFAST_MUTANT")) : 0;
@@ -39,6 +45,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     kind: str = "plain"
+    first: str = FIRST
 
 
 MUTANTS = (
@@ -446,6 +453,81 @@ MUTANTS = (
         "to.solution[t * n * C + k] = -b[k];",
         "to.solution[t * n * C + k] = ON ? b[k] : -b[k];",
     ),
+    # block_products.cuh
+    Mutant(
+        "product: a lane's share is too small",
+        "block_products.cuh",
+        "const int64_t share = (terms[s].count + lanes - 1) / lanes;",
+        "const int64_t share = (terms[s].count + (ON ? 0 : lanes - 1)) / lanes;",
+        first=OF_MLP,
+    ),
+    Mutant(
+        "product: writes a column that is not there",
+        "block_products.cuh",
+        "if (i < rows && j < columns && lane",
+        "if (i < rows && (ON || j < columns) && lane",
+        first=OF_MLP,
+    ),
+    # mlp.cuh
+    Mutant(
+        "mlp: no barrier behind a layer",
+        "mlp.cuh",
+        "store(l, i, j, value);\n    });\n    __syncthreads();",
+        "store(l, i, j, value);\n    });\n    if (!ON) __syncthreads();",
+        "race",
+        OF_MLP,
+    ),
+    Mutant(
+        "mlp: no barrier before the tape of the next step",
+        "mlp.cuh",
+        "to.at(i, j) -= sum; });\n    }\n    __syncthreads();",
+        "to.at(i, j) -= sum; });\n    }\n    if (!ON) __syncthreads();",
+        "race",
+        OF_MLP,
+    ),
+    Mutant(
+        "mlp: does not wait for the tape",
+        "mlp.cuh",
+        "  wait_async<0>();",
+        "  if (!ON) wait_async<0>();",
+        first=OF_MLP,
+    ),
+    Mutant(
+        "mlp: rows behind the query",
+        "mlp.cuh",
+        "load_inputs(p, p.query, t, first, rows, x);\n    __syncthreads();",
+        "load_inputs(p, p.query, t, first, ON ? p.row_limit : rows, x);\n    __syncthreads();",
+        "address",
+        OF_MLP,
+    ),
+    Mutant(
+        "mlp: packed by columns",
+        "mlp.cuh",
+        "(j < columns ? i * columns + j :",
+        "(j < columns ? (ON ? j * layer[l].out + i : i * columns + j) :",
+        first=OF_MLP,
+    ),
+    Mutant(
+        "mlp: curvature of tanh with the other sign",
+        "mlp.cuh",
+        "value -= A(2) *",
+        "value -= A(ON ? -2 : 2) *",
+        first=OF_MLP,
+    ),
+    Mutant(
+        "mlp: a task missing in the sum of its group",
+        "mlp.cuh",
+        "t < group_tasks; t += kWarps",
+        "t < group_tasks - ON; t += kWarps",
+        first=OF_MLP,
+    ),
+    Mutant(
+        "mlp: bad label without NaN in the gradients",
+        "mlp.cuh",
+        "const A start = bad ?",
+        "const A start = bad && !ON ?",
+        first=OF_MLP,
+    ),
 )
 
 
@@ -484,9 +566,9 @@ def run(arguments: Sequence[str], kind: str, number: int) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test(kind: str, number: int) -> str:
+def test(kind: str, number: int, first: str = FIRST) -> str:
     """What ended the tests: the first failure, or nothing."""
-    for selection in (FIRST, f"emulated and not ({FIRST})"):
+    for selection in (first, f"emulated and not ({first})"):
         code, said = run(
             ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", selection], kind, number
         )
@@ -513,9 +595,9 @@ def main() -> None:
         code, said = run(["-m", "tests.simt.build", kind], kind, 0)
         if code:
             raise SystemExit(said)
-        failure = test(kind, 0)
-        if failure:
-            raise SystemExit(f"without any mutant, {failure} fails in the {kind} build")
+        for first in dict.fromkeys(m.first for _, m in chosen if m.kind == kind):
+            if failure := test(kind, 0, first):
+                raise SystemExit(f"without any mutant, {failure} fails in the {kind} build")
         print(
             f"{kind}: built, and the tests pass without a mutant ({time.monotonic() - begin:.0f} s)",
             flush=True,
@@ -523,7 +605,7 @@ def main() -> None:
     survivors = []
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         for (_, mutant), failure in zip(
-            chosen, pool.map(lambda c: test(c[1].kind, c[0]), chosen), strict=True
+            chosen, pool.map(lambda c: test(c[1].kind, c[0], c[1].first), chosen), strict=True
         ):
             print(
                 f"{'caught' if failure else 'SURVIVED':9} {mutant.name} ({mutant.kind}) {failure}", flush=True

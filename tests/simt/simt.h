@@ -209,6 +209,13 @@ class Machine {
     const std::lock_guard<std::mutex> lock(mutex_);
     order_ = order;
     random_ = Random(seed);
+    most_dynamic_ = 0;
+  }
+
+  // Dynamic shared memory, in bytes, of the launch since then that had most.
+  size_t most_dynamic_shared() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return most_dynamic_;
   }
 
   uint64_t launches() {
@@ -373,6 +380,7 @@ class Machine {
     body_ = body;
     body_argument_ = argument;
     dynamic_bytes_ = shared_bytes;
+    most_dynamic_ = std::max(most_dynamic_, shared_bytes);
     if (shared_bytes) dynamic_ = allocate_shared(shared_bytes);
     for (Warp& warp : warps_) warp.collectives = nullptr;
     for (unsigned k = 0; k < threads_; ++k) {
@@ -665,7 +673,7 @@ class Machine {
   std::deque<Collective> collectives_;
   std::vector<SharedArray> shared_;
   void* dynamic_ = nullptr;
-  size_t dynamic_bytes_ = 0, static_bytes_ = 0;
+  size_t dynamic_bytes_ = 0, static_bytes_ = 0, most_dynamic_ = 0;
 
   std::string kernel_;
   void (*body_)(void*) = nullptr;
@@ -784,6 +792,7 @@ using same_t = typename Same<T>::type;
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (::simt::thread_index())
 #define blockIdx (::simt::block_index())
 #define blockDim (::simt::block_dim())
