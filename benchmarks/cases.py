@@ -597,7 +597,7 @@ def anil_case(features: int, steps: int, goals: tuple[Goal, ...], compiled: bool
         Variant("torch.func.vmap", vmapped_anil),
         Variant("torch.compile, torch.func.vmap", vmapped_anil, compiled=True),
         Variant("Gram matrix, eager", anil_on_gram_matrix),
-        Variant("loop over tasks", looped_anil),
+        Variant("loop over tasks", looped_anil, on_gpu=False),
         Variant("metafast, one step", anil_of_first_step, checked=False),
     ]
     return Case(
@@ -658,7 +658,7 @@ def update_case(per_element: bool) -> Case:
         variants=(
             Variant(OURS, sgd_update, prepare=update_call),
             *(Variant(name, function, prepare=update_call) for name, function in stacked.items()),
-            Variant("loop over tasks", looped_update, prepare=update_call),
+            Variant("loop over tasks", looped_update, prepare=update_call, on_gpu=False),
         ),
         goals=(Goal(("stacked autograd",), 1.5, 2.5), Goal(("loop over tasks",), 6.0, 10.0)),
         # Parameters and gradients in, parameters out; upstream gradients in, gradients out.
@@ -724,12 +724,16 @@ def mlp_case(name: str, title: str, sizes: inner_mlp.MlpSizes, goals: tuple[Goal
     )
 
 
+def sinusoid_sizes(steps: int) -> inner_mlp.MlpSizes:
+    return inner_mlp.MlpSizes(25, 10, 10, steps, (1, 40, 40, 1), 0.01)
+
+
 def sinusoid_case(steps: int, gates: tuple[float, ...], stretches: tuple[float, ...]) -> Case:
     rivals = ("torch.func vmap", "torch.compile, torch.func vmap", "per-task Python loop")
     return mlp_case(
         f"maml-sinusoid-k{steps}",
         f"second-order MAML, sinusoid, K = {steps}",
-        inner_mlp.MlpSizes(25, 10, 10, steps, (1, 40, 40, 1), 0.01),
+        sinusoid_sizes(steps),
         tuple(Goal((r,), g, s) for r, g, s in zip(rivals, gates, stretches, strict=True)),
     )
 

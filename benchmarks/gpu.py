@@ -26,7 +26,6 @@ product without tf32, timed in the same process.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import math
@@ -38,11 +37,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, ceilings, gpu_report
+from benchmarks import cases, ceilings, gpu_report, inner_mlp
 from benchmarks.cases import CASES, OURS, TOLERANCE, Call, Case, Goal, Inputs
 from benchmarks.ratios import Budget, Clock, decide, measure, metafast_version, quiet, verdict
 from metafast import Conv4, Episodes
-from metafast.learners import Outcome, ProtoNet
+from metafast.learners import ANIL, MAML, Outcome, ProtoNet
 from metafast.training.files import write_atomically
 from metafast.training.graphs import GraphedStep, no_read_back
 
@@ -64,6 +63,7 @@ KERNEL_GATES = {
     "prototypical-head-d1600": {"H100": 28e-6, "H200": 20e-6},
     "prototypical-head-d64": {"H100": 10e-6, "H200": 10e-6},
     "prototypes-d1600": {"H100": 10e-6, "H200": 8e-6},
+    "anil-d1600-K5": {"H100": 45e-6, "H200": 45e-6},
     "maml-sinusoid-k1": {"H100": 10e-6, "H200": 10e-6},
     "maml-sinusoid-k5": {"H100": 20e-6, "H200": 20e-6},
     "maml-sinusoid-k10": {"H100": 32e-6, "H200": 32e-6},
@@ -325,12 +325,6 @@ class StepSizes:
         return total * self.images
 
 
-STEPS = {
-    "training-step-5-way": StepSizes(tasks=4, ways=5, shots=1, queries=5),
-    "training-step-60-way": StepSizes(tasks=1, ways=60, shots=1, queries=5),
-}
-
-
 class CdistNet(ProtoNet):
     """The same network with the head that eager PyTorch code has."""
 
@@ -371,25 +365,94 @@ def graphed_step(learner: torch.nn.Module, batch: Episodes) -> Call:
     return lambda: step(batch).loss
 
 
-#: The network and how its step runs; the first is ours.
-STEP_VARIANTS: dict[str, tuple[type[ProtoNet], Callable[[torch.nn.Module, Episodes], Call]]] = {
-    OURS: (ProtoNet, graphed_step),
-    "metafast, eager": (ProtoNet, eager_step),
-    "torch.cdist, eager": (CdistNet, eager_step),
-    "torch.cdist, CUDA graph": (CdistNet, graphed_step),
+SINUSOID = cases.sinusoid_sizes(steps=5)
+
+
+class MappedMaml(MAML):
+    """The same network whose tasks torch.func maps over."""
+
+    def forward(self, batch: Episodes) -> Outcome:
+        loss = inner_mlp.mapped(SINUSOID, *data_of(batch), *self.weights, *self.biases)
+        return Outcome(loss, loss)
+
+
+def data_of(batch: Episodes) -> tuple[torch.Tensor, ...]:
+    return batch.support_x, batch.support_y, batch.query_x, batch.query_y
+
+
+def sinusoids(device: torch.device | str) -> Episodes:
+    return Episodes(*inner_mlp.inputs(SINUSOID)[1:5], 0).to(device)
+
+
+def maml(network: type[MAML]) -> MAML:
+    return network(SINUSOID.widths, SINUSOID.rate, SINUSOID.steps)
+
+
+#: A network, and how its step runs.
+StepVariant = tuple[Callable[[], torch.nn.Module], Callable[[torch.nn.Module, Episodes], Call]]
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A step with Adam. The first variant is ours, a :class:`GraphedStep`; the second is right by definition."""
+
+    title: str
+    sizes: StepSizes | inner_mlp.MlpSizes
+    batch: Callable[[torch.device | str], Episodes]
+    variants: dict[str, StepVariant]
+
+
+def protonet_step(sizes: StepSizes) -> TrainingStep:
+    return TrainingStep(
+        f"ProtoNet training step, {sizes.images} images, {sizes.ways}-way; metafast's as a CUDA graph",
+        sizes,
+        lambda device: random_episodes(sizes, device),
+        {
+            OURS: (lambda: ProtoNet(Conv4()), graphed_step),
+            "metafast, eager": (lambda: ProtoNet(Conv4()), eager_step),
+            "torch.cdist, eager": (lambda: CdistNet(Conv4()), eager_step),
+            "torch.cdist, CUDA graph": (lambda: CdistNet(Conv4()), graphed_step),
+        },
+    )
+
+
+def anil_step(sizes: StepSizes) -> TrainingStep:
+    def network() -> ANIL:
+        return ANIL(Conv4(), 64, sizes.ways)
+
+    return TrainingStep(
+        f"ANIL training step, {sizes.images} images, {sizes.ways}-way; as a CUDA graph",
+        sizes,
+        lambda device: random_episodes(sizes, device),
+        {OURS: (network, graphed_step), "metafast, eager": (network, eager_step)},
+    )
+
+
+STEPS = {
+    "training-step-5-way": protonet_step(StepSizes(tasks=4, ways=5, shots=1, queries=5)),
+    "training-step-60-way": protonet_step(StepSizes(tasks=1, ways=60, shots=1, queries=5)),
+    "training-step-anil": anil_step(StepSizes(tasks=16, ways=5, shots=1, queries=1)),
+    "training-step-maml": TrainingStep(
+        f"second-order MAML training step, sinusoid, K = {SINUSOID.steps}; metafast's as a CUDA graph",
+        SINUSOID,
+        sinusoids,
+        {
+            OURS: (lambda: maml(MAML), graphed_step),
+            "metafast, eager": (lambda: maml(MAML), eager_step),
+            "torch.func vmap, eager": (lambda: maml(MappedMaml), eager_step),
+            "torch.func vmap, CUDA graph": (lambda: maml(MappedMaml), graphed_step),
+        },
+    ),
 }
 
 
-def run_step(name: str, sizes: StepSizes, quick: bool) -> dict[str, Any]:
-    """A training step of ProtoNet with Conv4-64 and Adam; ours is :class:`GraphedStep`."""
-    title = f"ProtoNet training step, {sizes.images} images, {sizes.ways}-way; metafast's as a CUDA graph"
-    record = blank(name, title, vars(sizes), 0, sizes.flops)
-    batch = random_episodes(sizes, "cuda")
-    torch.manual_seed(0)
-    encoder = Conv4()
+def run_step(name: str, step: TrainingStep, quick: bool) -> dict[str, Any]:
+    record = blank(name, step.title, vars(step.sizes), 0, step.sizes.flops)
+    batch = step.batch("cuda")
     calls, losses = {}, {}
-    for variant, (network, prepare) in STEP_VARIANTS.items():
-        calls[variant] = prepare(network(copy.deepcopy(encoder)).cuda(), batch)
+    for variant, (network, prepare) in step.variants.items():
+        torch.manual_seed(0)
+        calls[variant] = prepare(network().cuda(), batch)
         losses[variant] = [float(calls[variant]()) for _ in range(FIRST_STEPS)]
     wanted = losses["metafast, eager"]
     record["errors"] = {variant: largest_difference(found, wanted) for variant, found in losses.items()}
@@ -398,7 +461,7 @@ def run_step(name: str, sizes: StepSizes, quick: bool) -> dict[str, Any]:
     if record["correct"]:
         record["wall"] = measure(calls, QUICK if quick else WALL, HostClock)
         graphs = {
-            variant: call for variant, call in calls.items() if STEP_VARIANTS[variant][1] is graphed_step
+            variant: call for variant, call in calls.items() if step.variants[variant][1] is graphed_step
         }
         record["kernel"]["warm"] = measure(graphs, QUICK if quick else KERNEL, DeviceClock)
         record["rows"] = rows(record)
@@ -425,8 +488,8 @@ def run(quick: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     for name, case in on_device.items():
         attempt(result, name, lambda case=case: run_case(case, result["ceilings"], quick))
         save(result)
-    for name, sizes in STEPS.items():
-        attempt(result, name, lambda name=name, sizes=sizes: run_step(name, sizes, quick))
+    for name, step in STEPS.items():
+        attempt(result, name, lambda name=name, step=step: run_step(name, step, quick))
         save(result)
     # At the end: once loaded, the profiler may slow down later launches.
     for record in [] if quick else result["cases"]:

@@ -411,12 +411,22 @@ class TestBenchmarks:
         assert gpu.largest_difference([1.0, 22.0], [1.5, 20.0]) == pytest.approx(1 / 3)
         assert not gpu.largest_difference([1.0, float("nan"), 3.0], [1.0, 2.0, 3.0]) <= 1
 
-    def test_both_networks_of_the_step_compute_the_same(self) -> None:
-        sizes = gpu.StepSizes(tasks=2, ways=3, shots=1, queries=2)
-        batch = gpu.random_episodes(sizes, "cpu")
-        encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 8))
-        losses = [network(encoder)(batch).loss.item() for network in (gpu.ProtoNet, gpu.CdistNet)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    @pytest.mark.parametrize("name", gpu.STEPS)
+    def test_all_networks_of_a_step_train_alike(self, name: str) -> None:
+        step = gpu.STEPS[name]
+        if isinstance(step.sizes, gpu.StepSizes):
+            step = {"training-step-anil": gpu.anil_step}.get(name, gpu.protonet_step)(
+                gpu.StepSizes(tasks=2, ways=3, shots=1, queries=2)
+            )
+        batch = step.batch("cpu")
+        losses = []
+        for network, _ in step.variants.values():
+            torch.manual_seed(0)
+            call = gpu.eager_step(network(), batch)
+            losses.append([call().item() for _ in range(3)])
+        assert losses[0][2] < losses[0][0]
+        for other in losses[1:]:
+            assert other == pytest.approx(losses[0], rel=1e-4)
 
 
 def doubling(*others: cases.Variant, **fields: Any) -> cases.Case:
