@@ -328,7 +328,7 @@ __device__ __forceinline__ void loss_delta_tangent(const MlpProblem<A>& p, int64
 
 // K steps, then outputs [T, m, C] of the query rows, or the packed parameters where there is no query.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     mlp_adapt_kernel(const __grid_constant__ MlpProblem<A> p, A* __restrict__ outputs, A* __restrict__ parameters) {
   const int64_t t = blockIdx.x, n = p.rows, m = p.query_rows, last = p.layers - 1, C = p.layer[last].out;
   A* const theta = working_memory<A>(p.global, p.memory);
@@ -413,7 +413,7 @@ __device__ __forceinline__ void rate_gradients(const MlpProblem<A>& p, const Mlp
 
 // The gradients of <upstream, outputs>: back through the query rows, then step by step through the inner loop.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     mlp_adapt_vjp_kernel(const __grid_constant__ MlpProblem<A> p, const __grid_constant__ MlpGradients<A> grads) {
   const int64_t t = blockIdx.x, n = p.rows, m = p.query_rows, in = p.in, last = p.layers - 1, C = p.layer[last].out;
   const int64_t block = p.row_limit * p.columns;
