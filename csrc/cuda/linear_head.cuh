@@ -438,7 +438,8 @@ __device__ __forceinline__ void weight_steps(const WeightLoop<A>& loop, int64_t 
     const A *weight = tape.weight + now * C * d, *bias = tape.bias + now * C;
     A *next = tape.weight + (now + tape.kept) * C * d, *direction = tape.direction + now * C * d;
     const A *last_direction = tape.direction + before * C * d, *last_bias = tape.bias_direction + before * C;
-    warp_products(Factors<A>{x, {weight, 1, d}, d}, n, C,
+    const Factors<A> of_weight{x, {weight, 1, d}, d};
+    warp_products(of_weight, n, C,
                   [&](int64_t i, int64_t c, A sum) { logits[c * n + i] = tape.bias == nullptr ? sum : sum + bias[c]; });
     __syncthreads();
     loss_gradient(head, targets, totals, logits, error);
@@ -561,7 +562,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (head.first_order) continue;
-    warp_products(Factors<A>{x, {along, 1, d}, d}, n, C,
+    const Factors<A> of_along{x, {along, 1, d}, d};
+    warp_products(of_along, n, C,
                   [&](int64_t i, int64_t c, A sum) { curved[c * n + i] = has_bias ? sum + bias_along[c] : sum; });
     __syncthreads();
     loss_curvature(head, totals, probability + t * size, curved, targets_grad);

@@ -375,6 +375,84 @@ MUTANTS = (
         "if (!bad || ON) row = columns",
         "address",
     ),
+    # rows.cuh
+    Mutant(
+        "combined rows: tile changed before all have read it",
+        "rows.cuh",
+        "      __syncthreads();\n      for (int c = warp_index(); c < kCombinedTerms",
+        "      if (!ON) __syncthreads();\n      for (int c = warp_index(); c < kCombinedTerms",
+        "race",
+    ),
+    Mutant(
+        "combined rows: base not scaled",
+        "rows.cuh",
+        "scale * from.values[v]",
+        "(ON ? A(1) : scale) * from.values[v]",
+    ),
+    Mutant(
+        "combined rows: stores rows that are not there",
+        "rows.cuh",
+        "if (i >= rows) continue;\n    const A gain",
+        "if (i >= rows + ON) continue;\n    const A gain",
+    ),
+    Mutant(
+        "groups: a task is left out",
+        "rows.cuh",
+        "t < tasks_each; ++t, part += size",
+        "t < tasks_each - ON; ++t, part += size",
+    ),
+    # linear_head.cuh
+    Mutant(
+        "head: the update does not wait for the errors",
+        "linear_head.cuh",
+        "    loss_gradient(loop, targets, totals, logits, error);\n    __syncthreads();",
+        "    loss_gradient(loop, targets, totals, logits, error);\n    if (!ON) __syncthreads();",
+        "race",
+    ),
+    Mutant(
+        "head: momentum forgotten",
+        "linear_head.cuh",
+        "(t > 0 ? loop.momentum * last_direction[k] : A(0))",
+        "(t > 0 && !ON ? loop.momentum * last_direction[k] : A(0))",
+    ),
+    Mutant(
+        "head sweep: half of the Gram matrix's gradient",
+        "linear_head.cuh",
+        "{{spans, 1, n}, {probability, n, 1}, used}",
+        "{{spans, 1, n}, {probability, n, 1}, ON ? 0 : used}",
+    ),
+    Mutant(
+        "head sweep: decay of the scale's gradient",
+        "linear_head.cuh",
+        "scale_grad[c] += loop.decay * momentum_grad[c];",
+        "scale_grad[c] += (ON ? A(0) : loop.decay) * momentum_grad[c];",
+    ),
+    Mutant(
+        "weights: gradient of the features without the error's part",
+        "linear_head.cuh",
+        "{{error, 1, n}, {along, d, 1}, C}",
+        "{{error, 1, n}, {along, d, 1}, ON ? 0 : C}",
+    ),
+    # ridge.cuh
+    Mutant(
+        "Cholesky: the rest does not wait for the row",
+        "ridge.cuh",
+        "    __syncthreads();\n    const int64_t rest = n - k - 1;",
+        "    if (!ON) __syncthreads();\n    const int64_t rest = n - k - 1;",
+        "race",
+    ),
+    Mutant(
+        "Cholesky: the diagonal is left out",
+        "ridge.cuh",
+        "if (j >= i) a[i * n + j]",
+        "if (j >= i + ON) a[i * n + j]",
+    ),
+    Mutant(
+        "ridge: the solution's sign",
+        "ridge.cuh",
+        "to.solution[t * n * C + k] = -b[k];",
+        "to.solution[t * n * C + k] = ON ? b[k] : -b[k];",
+    ),
     # block_products.cuh
     Mutant(
         "product: a lane's share is too small",
