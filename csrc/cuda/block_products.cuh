@@ -50,11 +50,11 @@ __device__ __forceinline__ A* working_memory(A* global, int64_t size) {
   return global == nullptr ? shared : global + blockIdx.x * size;
 }
 
-// Neighbouring lanes that share a sum of `count` terms, where there are more threads than tiles: a power of two.
-__device__ __forceinline__ unsigned lanes_per_sum(int64_t tiles, int64_t count) {
-  unsigned lanes = 1;
-  while (lanes < kWarp && 2 * lanes * tiles <= kThreads && 8 * lanes <= count) lanes *= 2;
-  return lanes;
+// How many neighbouring lanes share a sum of `count` terms, where there are more threads than tiles; its logarithm.
+__device__ __forceinline__ int lanes_of_sum(int64_t tiles, int64_t count) {
+  int shift = 0;
+  while ((1 << shift) < kWarp && tiles << (shift + 1) <= kThreads && count >> (shift + 3) > 0) ++shift;
+  return shift;
 }
 
 // finish(i, j, sum of the terms) for a matrix, in tiles of 2 x 2 elements that lie half a matrix apart, so that lanes read
@@ -68,8 +68,9 @@ __device__ __forceinline__ void block_product(const Factors<A> (&terms)[N], int6
   int64_t longest = 0;
 #pragma unroll
   for (int s = 0; s < N; ++s) longest = terms[s].count > longest ? terms[s].count : longest;
-  const unsigned lanes = lanes_per_sum(tiles, longest), workers = kThreads / lanes, lane = threadIdx.x % lanes;
-  Walk at(threadIdx.x / lanes, workers, half_columns);
+  const int shift = lanes_of_sum(tiles, longest);
+  const unsigned lanes = 1u << shift, workers = kThreads >> shift, lane = threadIdx.x & (lanes - 1);
+  Walk at(threadIdx.x >> shift, workers, half_columns);
   // All lanes stay for the sums over lanes.
   for (int64_t first = 0; first < tiles; first += workers, at.next()) {
     A totals[2][2] = {};
@@ -82,7 +83,7 @@ __device__ __forceinline__ void block_product(const Factors<A> (&terms)[N], int6
         const A* const a1 = second_row ? a0 + half_rows * a.row : a0;
         const A* const b0 = b.data + at.j * b.column;
         const A* const b1 = second_column ? b0 + half_columns * b.column : b0;
-        const int64_t share = (terms[s].count + lanes - 1) / lanes;
+        const int64_t share = (terms[s].count + lanes - 1) >> shift;
         const int64_t all = (lane + 1) * share < terms[s].count ? (lane + 1) * share : terms[s].count;
         for (int64_t begin = lane * share; begin < all; begin += kPart) {
           const int64_t end = begin + kPart < all ? begin + kPart : all;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void block_product(const Factors<A> (&terms)[N], int6
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int64_t i = at.i + e / 2 * half_rows, j = at.j + e % 2 * half_columns;
-      if (i < rows && j < columns && lane == e % lanes) finish(i, j, totals[e / 2][e % 2]);
+      if (i < rows && j < columns && lane == (e & (lanes - 1))) finish(i, j, totals[e / 2][e % 2]);
     }
   }
 }

@@ -116,11 +116,11 @@ struct MlpProblem {
     const int64_t columns = width(l);
     return layer[l].packed + (j < columns ? i * columns + j : layer[l].out * columns + i);
   }
-  __device__ __forceinline__ A rate_of(int64_t t, int64_t step, int64_t l) const {
-    return rates == StepRates::steps ? layer[l].weight_rates.at(t / rate_group_tasks, step, 0) : rate;
+  // The rates of group g.
+  __device__ __forceinline__ A rate_of(int64_t g, int64_t step, int64_t l) const {
+    return rates == StepRates::steps ? layer[l].weight_rates.at(g, step, 0) : rate;
   }
-  __device__ __forceinline__ A rate_of_parameter(int64_t t, int64_t l, int64_t i, int64_t j) const {
-    const int64_t g = t / rate_group_tasks;
+  __device__ __forceinline__ A rate_of_parameter(int64_t g, int64_t l, int64_t i, int64_t j) const {
     return j < width(l) ? layer[l].weight_rates.at(g, i, j) : layer[l].bias_rates.at(g, i, 0);
   }
   __device__ __forceinline__ A target(int64_t t, int64_t i, int64_t c) const {
@@ -331,6 +331,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads, 1)
     mlp_adapt_kernel(const __grid_constant__ MlpProblem<A> p, A* __restrict__ outputs, A* __restrict__ parameters) {
   const int64_t t = blockIdx.x, n = p.rows, m = p.query_rows, last = p.layers - 1, C = p.layer[last].out;
+  const int64_t g = t / p.rate_group_tasks;
   A* const theta = working_memory<A>(p.global, p.memory);
   A* const x = theta + p.parameters;
   A* const h = x + p.row_limit * odd_stride(p.in + 1);
@@ -356,10 +357,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_pass(p, theta, h, delta, n, store_to(delta_tape));
     for (int64_t l = 0; l < p.layers; ++l) {
       const Table<A> own = p.weight(theta, l);
-      const A rate = p.rate_of(t, step, l);
+      const A rate = p.rate_of(g, step, l);
       const Factors<A> terms[1] = {outer_product(p, x, h, delta, l, n)};
       block_product(terms, p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j, A sum) {
-        const A alpha = p.rates == StepRates::parameters ? p.rate_of_parameter(t, l, i, j) : rate;
+        const A alpha = p.rates == StepRates::parameters ? p.rate_of_parameter(g, l, i, j) : rate;
         const A value = std::fma(-alpha, sum, own.at(i, j));
         own.at(i, j) = value;
         next[p.packed_at(l, i, j)] = value;
@@ -416,7 +417,7 @@ template <class A>
 __global__ void __launch_bounds__(kThreads, 1)
     mlp_adapt_vjp_kernel(const __grid_constant__ MlpProblem<A> p, const __grid_constant__ MlpGradients<A> grads) {
   const int64_t t = blockIdx.x, n = p.rows, m = p.query_rows, in = p.in, last = p.layers - 1, C = p.layer[last].out;
-  const int64_t block = p.row_limit * p.columns;
+  const int64_t block = p.row_limit * p.columns, g = t / p.rate_group_tasks;
   A* const theta = working_memory<A>(p.global, p.memory);
   A* const along = theta + p.parameters;
   A* const lam = along + p.parameters;
@@ -484,9 +485,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       load_parameters(p, t, step, A(0), theta);
       for (int64_t l = 0; l < p.layers; ++l) {
         const Table<A> from = p.weight(lam, l), to = p.weight(along, l);
-        const A rate = p.rate_of(t, step, l);
+        const A rate = p.rate_of(g, step, l);
         for_each_element(p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j) {
-          to.at(i, j) = (p.rates == StepRates::parameters ? p.rate_of_parameter(t, l, i, j) : rate) * from.at(i, j);
+          to.at(i, j) = (p.rates == StepRates::parameters ? p.rate_of_parameter(g, l, i, j) : rate) * from.at(i, j);
         });
       }
     }

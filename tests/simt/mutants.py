@@ -457,8 +457,8 @@ MUTANTS = (
     Mutant(
         "product: a lane's share is too small",
         "block_products.cuh",
-        "const int64_t share = (terms[s].count + lanes - 1) / lanes;",
-        "const int64_t share = (terms[s].count + (ON ? 0 : lanes - 1)) / lanes;",
+        "const int64_t share = (terms[s].count + lanes - 1) >> shift;",
+        "const int64_t share = (terms[s].count + (ON ? 0 : lanes - 1)) >> shift;",
         first=OF_MLP,
     ),
     Mutant(
