@@ -5,15 +5,15 @@
 #pragma once
 
 #include "cuda/block_products.cuh"
-#include "cuda/features.cuh"
+#include "cuda/groups.cuh"
 #include "cuda/labels.cuh"
 #include "math/activation.h"
 #include "math/inner_loss.h"
 
 namespace metafast::cuda {
 
-constexpr int kMostLayers = 20;     // whose pointers and strides fit into the arguments of a kernel
-constexpr int64_t kQueryRows = 16;  // that a block works on at a time, or as many as there are support rows
+constexpr int kMostLayers = kMostParts / 2;  // whose pointers and strides fit into the arguments of a kernel
+constexpr int64_t kQueryRows = 16;           // that a block works on at a time, or as many as there are support rows
 enum class StepRates { number, steps, parameters };  // one for all, one for each layer and step, one for each parameter
 
 // A batch of matrices with any strides.
@@ -544,35 +544,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Parts of a task's row of numbers, side by side, and the tensor [groups, end - the end before] that each goes to.
-template <class A>
-struct RowParts {
-  A* to[2 * kMostLayers];
-  int64_t end[2 * kMostLayers];
-};
-
-// Sums over the tasks of each group, always in the same order. A block: kWarp numbers of one group; a warp adds every
-// kWarps-th task.
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    sum_parts_kernel(const A* __restrict__ rows, const __grid_constant__ RowParts<A> parts, int64_t group_tasks,
-                     int64_t size, int64_t chunks) {
-  METAFAST_SHARED(A, sums, [kWarps][kWarp]);
-  BlockNumber block;
-  const int64_t k = block.part(chunks) * kWarp + lane_index(), g = block.rest();
-  A sum = A(0);
-  for (int64_t t = warp_index(); k < size && t < group_tasks; t += kWarps)
-    sum += rows[(g * group_tasks + t) * size + k];
-  sums[warp_index()][lane_index()] = sum;
-  __syncthreads();
-  if (warp_index() > 0 || k >= size) return;
-  for (int w = 1; w < kWarps; ++w) sum += sums[w][lane_index()];
-  int part = 0;
-  while (parts.end[part] <= k) ++part;
-  const int64_t begin = part == 0 ? 0 : parts.end[part - 1];
-  parts.to[part][g * (parts.end[part] - begin) + k - begin] = sum;
-}
-
 template <class A>
 void launch_mlp_adapt(const MlpProblem<A>& problem, A* outputs, A* parameters, int64_t tasks, unsigned shared_bytes,
                       Stream stream) {
@@ -585,15 +556,6 @@ template <class A>
 void launch_mlp_adapt_vjp(const MlpProblem<A>& problem, const MlpGradients<A>& gradients, int64_t tasks,
                           unsigned shared_bytes, Stream stream) {
   METAFAST_LAUNCH((mlp_adapt_vjp_kernel<A>), grid_size(tasks), kThreads, shared_bytes, stream, problem, gradients);
-}
-
-template <class A>
-void launch_sum_parts(const A* rows, const RowParts<A>& parts, int64_t tasks, int64_t groups, int64_t size,
-                      Stream stream) {
-  const int64_t chunks = ceil_div(size, kWarp);
-  const unsigned grid = grid_size(groups * chunks);
-  if (grid == 0) return;
-  METAFAST_LAUNCH((sum_parts_kernel<A>), grid, kThreads, 0, stream, rows, parts, tasks / groups, size, chunks);
 }
 
 }  // namespace metafast::cuda

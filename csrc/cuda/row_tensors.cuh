@@ -1,6 +1,7 @@
 // Products of rows and numbers of groups of tasks, in torch's memory.
 #pragma once
 
+#include "cuda/groups.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/tensors.cuh"
 
@@ -67,7 +68,7 @@ class GroupSums {
 
   void finish(Stream stream) const {
     if (groups_ == tasks_ || groups_ == 0) return;
-    launch_sum_groups<A>(own_.data(), out_.template mutable_data_ptr<A>(), groups_, tasks_ / groups_, size_, stream);
+    launch_sum_parts<A>(own_.data(), {{out_.template mutable_data_ptr<A>()}, {size_}}, tasks_, groups_, size_, stream);
   }
 
  private:

@@ -152,27 +152,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// out [groups, size] = the sum over the tasks of each group, in their order. A thread an element.
-template <class A>
-__global__ void __launch_bounds__(kThreads) sum_groups_kernel(const A* __restrict__ parts, A* __restrict__ out,
-                                                              int64_t groups, int64_t tasks_each, int64_t size) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (element >= groups * size) return;
-  const A* part = parts + element / size * tasks_each * size + element % size;
-  A sum = A(0);
-  for (int64_t t = 0; t < tasks_each; ++t, part += size) sum += *part;
-  out[element] = sum;
-}
-
-// out [groups tasks_each, size] = the numbers of each task's group. A thread an element.
-template <class A>
-__global__ void __launch_bounds__(kThreads) spread_groups_kernel(const A* __restrict__ of_groups, A* __restrict__ out,
-                                                                 int64_t groups, int64_t tasks_each, int64_t size) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (element >= groups * tasks_each * size) return;
-  out[element] = of_groups[element / size / tasks_each * size + element % size];
-}
-
 template <class A>
 void launch_finish_products(const Products<A>& products, Scale<A> scale, Scale<A> offset, const A* bias,
                             int64_t bias_stride, A* out, Stream stream) {
@@ -191,20 +170,6 @@ void launch_combine_rows(const Combination<A, N>& combination, WideRows<A> out, 
   METAFAST_LAUNCH((combine_rows_kernel<A, N>), grid, kThreads, 0, stream, combination, out, rows, d, row_blocks, slabs);
 }
 
-template <class A>
-void launch_sum_groups(const A* parts, A* out, int64_t groups, int64_t tasks_each, int64_t size, Stream stream) {
-  const unsigned grid = grid_size(ceil_div(groups * size, kThreads));
-  if (grid == 0) return;
-  METAFAST_LAUNCH((sum_groups_kernel<A>), grid, kThreads, 0, stream, parts, out, groups, tasks_each, size);
-}
-
-template <class A>
-void launch_spread_groups(const A* of_groups, A* out, int64_t groups, int64_t tasks_each, int64_t size, Stream stream) {
-  const unsigned grid = grid_size(ceil_div(groups * tasks_each * size, kThreads));
-  if (grid == 0) return;
-  METAFAST_LAUNCH((spread_groups_kernel<A>), grid, kThreads, 0, stream, of_groups, out, groups, tasks_each, size);
-}
-
 // Several families launch these; the kernels are compiled once, with rows.cu.
 #define METAFAST_ROW_LAUNCHERS(prefix, A)                                                                             \
   prefix template void launch_distance_sums<A, InnerProduct>(WideRows<const A>, WideRows<const A>, A*, A*, int64_t,   \
@@ -216,9 +181,7 @@ void launch_spread_groups(const A* of_groups, A* out, int64_t groups, int64_t ta
   prefix template void launch_combine_rows<A, 2>(const Combination<A, 2>&, WideRows<A>, int64_t, int64_t, int64_t,    \
                                                  Stream);                                                             \
   prefix template void launch_combine_rows<A, 3>(const Combination<A, 3>&, WideRows<A>, int64_t, int64_t, int64_t,    \
-                                                 Stream);                                                             \
-  prefix template void launch_sum_groups<A>(const A*, A*, int64_t, int64_t, int64_t, Stream);                         \
-  prefix template void launch_spread_groups<A>(const A*, A*, int64_t, int64_t, int64_t, Stream);
+                                                 Stream);
 
 METAFAST_ROW_LAUNCHERS(extern, float)
 METAFAST_ROW_LAUNCHERS(extern, double)

@@ -395,12 +395,6 @@ MUTANTS = (
         "if (i >= rows) continue;\n    const A gain",
         "if (i >= rows + ON) continue;\n    const A gain",
     ),
-    Mutant(
-        "groups: a task is left out",
-        "rows.cuh",
-        "t < tasks_each; ++t, part += size",
-        "t < tasks_each - ON; ++t, part += size",
-    ),
     # linear_head.cuh
     Mutant(
         "head: the update does not wait for the errors",
@@ -515,8 +509,8 @@ MUTANTS = (
         first=OF_MLP,
     ),
     Mutant(
-        "mlp: a task missing in the sum of its group",
-        "mlp.cuh",
+        "groups: a task missing in the sum",
+        "groups.cuh",
         "t < group_tasks; t += kWarps",
         "t < group_tasks - ON; t += kWarps",
         first=OF_MLP,
