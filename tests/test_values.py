@@ -101,6 +101,7 @@ def test_every_tail(case: Case, kernels: torch.device) -> None:
         {"n": 3, "m": 2, "d": 50021, "C": 2},
         {"n": 1201, "m": 1503, "d": 3, "C": 5},
         {"n": 9, "m": 9, "d": 5, "C": 9},
+        {"n": 23, "m": 19, "d": 140, "C": 13},
         {"T": 40, "n": 17, "m": 33, "d": 70, "C": 3},
     ],
     ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
