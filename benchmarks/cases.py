@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import episodes, inner_mlp
+from benchmarks import episodes, inner_mlp, peers
 from metafast import (
     adapted_logits,
     pairwise_distance,
@@ -109,6 +109,12 @@ class Variant:
     checked: bool = True
     #: False: too many kernels for the CUDA graph that times them on a GPU.
     on_gpu: bool = True
+    #: Another library's own loop; it need not be installed.
+    peer: bool = False
+
+    def lacks(self, error: Exception) -> bool:
+        """Is it this variant's compiler or library that is missing, no mistake here or in metafast?"""
+        return self.compiled or (self.peer and isinstance(error, ImportError))
 
     def calls(self, copies: Sequence[Inputs], compiler: Callable[..., Any] = torch.compile) -> list[Call]:
         """The same work on each of several copies of the inputs."""
@@ -718,6 +724,14 @@ def mlp_case(name: str, title: str, sizes: inner_mlp.MlpSizes, goals: tuple[Goal
             Variant("torch.func vmap", inner_mlp.mapped),
             Variant("torch.compile, torch.func vmap", inner_mlp.mapped, compiled=True),
             Variant("per-task Python loop", inner_mlp.looped, on_gpu=False),
+            *(
+                Variant(name, loop, on_gpu=False, peer=True)
+                for name, loop in (
+                    ("higher", peers.higher_loop),
+                    ("TorchOpt", peers.torchopt_loop),
+                    ("learn2learn", peers.learn2learn_loop),
+                )
+            ),
         ),
         goals=goals,
         flops=sizes.flops,

@@ -148,9 +148,9 @@ def ready(variant: Variant, inputs: Any) -> tuple[Call, Any]:
 
 @contextlib.contextmanager
 def quiet(variant: Variant) -> Iterator[None]:
-    """What the compiler warns about is not ours to repair."""
+    """What the compiler or another library warns about is not ours to repair."""
     with warnings.catch_warnings():
-        if variant.compiled:
+        if variant.compiled or variant.peer:
             warnings.simplefilter("ignore")
         yield
 
@@ -210,13 +210,12 @@ def run_case(case: Case, budget: Budget, quick: bool = False) -> dict[str, Any]:
     errors: dict[str, float] = {}
     unavailable: dict[str, str] = {}
     for variant in case.variants:
-        if quick and variant.compiled:
+        if quick and (variant.compiled or variant.peer):
             continue
         try:
             call, result = ready(variant, inputs)
         except Exception as error:
-            # Only a compiler may be missing; any other failure is a mistake here or in metafast.
-            if not variant.compiled:
+            if not variant.lacks(error):
                 raise
             unavailable[variant.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, ceilings, ratios, report
+from benchmarks import cases, ceilings, inner_mlp, peers, ratios, report
 from benchmarks.cases import OURS, TOLERANCE, Case, Goal, Inputs, Sizes, Variant
+from metafast import reference
 
 
 def uncompiled(function: Any, **_: Any) -> Any:
@@ -24,6 +25,8 @@ def test_every_variant_computes_the_case(case: Case) -> None:
     error_of = case.check(inputs)
     assert case.variants[0].name == OURS and case.variants[0].checked
     for variant in case.variants:
+        if variant.peer:
+            continue
         result = variant.call(inputs, uncompiled)()
         if variant.checked:
             assert error_of(result) <= TOLERANCE, variant.name
@@ -196,6 +199,41 @@ def test_missing_compiler_is_said(no_clock: list[str], monkeypatch: pytest.Monke
     assert record["unavailable"] == {"other": "RuntimeError: no C++ compiler"}
     assert "unavailable: RuntimeError: no C++ compiler" in ratios.describe(record)
     assert ratios.gate_failures([record]) == ["doubling: no time of other"]
+
+
+def test_missing_library_is_said(no_clock: list[str]) -> None:
+    def missing(x: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    ours = Variant(OURS, lambda x: x + x)
+    record = ratios.run_case(
+        canned_case(variants=(ours, Variant("peer", missing, peer=True)), goals=()), ratios.FULL
+    )
+    assert record["unavailable"] == {"peer": "ModuleNotFoundError: No module named 'peer'"}
+    assert no_clock == [OURS]
+    with pytest.raises(ModuleNotFoundError):
+        ratios.run_case(canned_case(variants=(ours, Variant("own", missing))), ratios.FULL)
+
+
+@pytest.mark.parametrize("loop", [peers.higher_loop, peers.torchopt_loop, peers.learn2learn_loop])
+def test_peers_compute_the_same(loop: Any) -> None:
+    pytest.importorskip(loop.__name__.removesuffix("_loop"), reason="pip install -r benchmarks/peers.txt")
+    sizes = inner_mlp.MlpSizes(3, 4, 5, 2, (1, 6, 6, 1), 0.01)
+    inputs = inner_mlp.inputs(sizes)
+    loss, expected = loop(*inputs), inner_mlp.exact(*inputs)
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(loss, inputs[5:]), torch.autograd.grad(expected, inputs[5:]), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_module_of_the_peers_has_the_given_parameters() -> None:
+    sizes = inner_mlp.MlpSizes(3, 4, 5, 2, (1, 6, 6, 1), 0.01)
+    inputs = inner_mlp.inputs(sizes)
+    net = peers.network(sizes, inputs[5:])
+    assert {id(p) for p in net.parameters()} == {id(p) for p in inputs[5:]}
+    torch.testing.assert_close(net(inputs[1]), reference.mlp(inputs[1], *inner_mlp.split(inputs[5:])))
 
 
 def test_quick_leaves_out_compiled_variants(no_clock: list[str]) -> None:
