@@ -30,7 +30,7 @@ TESTS = (
 SELECTION = "not emulated-reverse and not emulated-random and not FiniteDifferences and not test_every_option"
 #: (file, a part of the line) -> why no test reaches it.
 EXPLAINED: Mapping[tuple[str, str], str] = {
-    ("csrc/cuda/rows.cuh", "value(Pair"): "inner products are wanted in parts alone",
+    ("csrc/cuda/rows.cuh", "return pair.sum"): "inner products are wanted in parts alone",
     ("csrc/cuda/features.cuh", "too many tasks and rows for one call"): "needs more than 2^31 blocks",
 }
 
