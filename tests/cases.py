@@ -62,7 +62,6 @@ class Case:
     inputs: Mapping[str, Input]
     kernels_only: bool = True  # False: a part of it is composed of torch's operators
     promotes: bool = False  # half types give float32
-    cuda: bool = True  # False: its kernels for GPUs are still to come
     emulated: bool = True  # False: nothing of csrc/cuda is in it
     dtypes: tuple[torch.dtype, ...] = DTYPES
     condition: float = 1.0  # how much larger than their inputs' the rounding errors of the results may be

@@ -17,10 +17,8 @@ import metafast  # noqa: F401  (defines the operators)
 
 #: Operators without a kernel on any GPU.
 CPU_ONLY = {"vector_bits", "keep_pages", "build_info"}
-#: Operators whose kernels for GPUs are still to come, and one that torch's own do the work of.
-WITHOUT_CUDA = {
-    "sgd_update",
-}
+#: torch's own kernels do its work.
+WITHOUT_CUDA = {"sgd_update"}
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _SCHEMAS = torch.library.Library("metafast_simt", "DEF")
