@@ -17,8 +17,8 @@ from metafast.data import Episodes
 from metafast.distance import METRICS
 from metafast.learners import ProtoNet
 from metafast.training.graphs import GraphedStep, no_read_back
-from tests.cases import CASES as ALL_CASES
 from tests.cases import (
+    CASES,
     ODD,
     SMALL,
     Case,
@@ -34,7 +34,7 @@ from tests.cases import (
 from tests.test_values import check, results
 
 DEVICE = torch.device("cuda")
-CASES = tuple(case for case in ALL_CASES if case.cuda)
+
 LABELLED = tuple(case for case in CASES if any(spec.kind == "labels" for spec in case.inputs.values()))
 
 pytestmark = [
