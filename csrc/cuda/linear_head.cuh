@@ -179,9 +179,7 @@ struct HeadTape {
   A* data;
   int64_t stride;
 
-  __device__ __forceinline__ A* of(int64_t task, const HeadLoop<A>& loop) const {
-    return data + task * (loop.n + loop.C) * stride;
-  }
+  __device__ __forceinline__ A* of(int64_t task, int64_t n, int64_t C) const { return data + task * (n + C) * stride; }
 };
 
 // The loop on the Gram matrix: spans [T, C, n] = N_K, scales [T, C] = c_K, biases [T, C] where there is one.
@@ -196,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
   A *probability = take(own, size), *direction = take(own, size), *span = take(own, size);
   const SpanTape<A> last{probability, direction, span, take(own, C), take(own, C), 0};
   const bool bad = __syncthreads_or(loop.soft == nullptr && sees_bad_label(loop.labels, task, C)) != 0;
-  A* saved = tape.of(task, loop);
+  A* saved = tape.of(task, n, C);
   for_each_element(n + C, tape.stride, [&](int64_t r, int64_t i) {
     A value = A(0);
     if (i < n && r < n) {
@@ -295,7 +293,7 @@ __global__ void __launch_bounds__(kThreads)
   A *probability = take(own, steps * size), *directions = take(own, steps * size);
   A *spans = take(own, (steps + 1) * size), *scales = take(own, (steps + 1) * C), *momenta = take(own, steps * C);
   const bool bad = __syncthreads_or(loop.soft == nullptr && sees_bad_label(loop.labels, task, C)) != 0;
-  const A* saved = tape.data + task * (n + C) * tape.stride;
+  const A* saved = tape.of(task, n, C);
   for_each_element(n + C, n, [&](int64_t r, int64_t i) {
     const A value = saved[r * tape.stride + i];
     if (r < n) {
