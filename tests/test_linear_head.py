@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 import metafast
 from metafast import reference
 from metafast.linear_head import HEAD, HEAD_VJP, LOSSES
+from tests import simt
 from tests.cases import assert_same, gradients, runs_cuda_sources, shuffled_labels
 
 FLOAT = {"dtype": torch.float64}
@@ -255,6 +256,17 @@ def test_leading_dimensions_and_views() -> None:
         one = metafast.adapted_logits(support[i, j], labels[j], query, weight[i, 0], None, 0.1, 3)
         assert_same(logits[i, j], one, 1e-13)
         assert_same(query @ adapted[i, j].mT, one, 1e-13)
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(simt.unavailable()), reason=simt.unavailable())
+@pytest.mark.parametrize(("name", "fits"), [("gram", True), ("beyond-shared-memory", False)])
+def test_working_memory(name: str, fits: bool) -> None:
+    """The size that is named for it does leave shared memory, forward and backward."""
+    with simt.emulated():
+        values = problem(SIZES[name], "number", soft=False, bias=True, shared=True)
+        metafast.adapted_logits(*values).sum().backward()
+        assert (simt.module().most_dynamic_shared() > 0) == fits
 
 
 @pytest.mark.parametrize(
