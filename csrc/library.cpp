@@ -47,6 +47,9 @@ STABLE_TORCH_LIBRARY(metafast, m) {
 
   // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
   m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");
+  // -rates_k upstream_k, if `scaled`, and then -upstream_k grads_k summed to the shape of rates_k, whose dimensions that are
+  // summed stand side by side
+  m.def("sgd_update_vjp(Tensor[] upstream, Tensor[] grads, Tensor[] rates, bool scaled) -> Tensor[]");
 
   // The inner loop of an MLP. inputs [T, n, in], targets [T, n, out] or class numbers [T, n], query [T, m, in]; weights
   // [out, in], biases [out], all shared or all with a leading dimension G that divides T. rates: none (the number is),
