@@ -64,6 +64,16 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor[] weights, Tensor[] biases, Tensor[] rates, float rate, int steps, int activation, int loss, "
       "bool first_order, Tensor tape, bool data) -> Tensor[]");
 
+  // x [T, n, planes, H, W] convolved with weight [G, C, 9 planes] and bias [G, C], float32 or float64, under a border of
+  // zeros; ReLU and 2 x 2 max-pooling -> [T, n, H / 2, W / 2, C], and what each result was: a place in its window, or 4
+  m.def("conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  // The gradients [T, C, 9 planes] and [T, C] of weight and bias.
+  m.def("conv_pool_vjp(Tensor grad, Tensor choice, Tensor x) -> (Tensor, Tensor)");
+  // The convolution with weight and bias at the choices, 0 at those of 4.
+  m.def("conv_pool_jvp(Tensor choice, Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  // Mean [T, 9 planes] and biased covariance of the patches under a 3 x 3 convolution, float64.
+  m.def("patch_moments(Tensor x) -> (Tensor, Tensor)");
+
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");
   m.def("build_info() -> str");

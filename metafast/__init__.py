@@ -2,6 +2,7 @@
 
 from metafast import data, learners, reference
 from metafast.backbones import Conv4
+from metafast.conv_block import conv_norm_relu_pool
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
 from metafast.inner_update import sgd_update
@@ -23,6 +24,7 @@ __all__ = [
     "analyze",
     "cdist",
     "check",
+    "conv_norm_relu_pool",
     "data",
     "evaluate",
     "fit",
