@@ -204,4 +204,12 @@ inline void check_conv_choice(const Tensor& choice, const Tensor& x, int64_t cha
   check_shape(choice, "choice", {x.size(0), x.size(1), x.size(3) / 2, x.size(4) / 2, channels});
 }
 
+inline void check_conv_grad(const Tensor& grad, const Tensor& choice, const Tensor& x) {
+  check_conv_images(x);
+  check_dim(grad, "grad", 5, "[T, n, H / 2, W / 2, C]");
+  check_like(grad, "grad", x, "x");
+  check_shape(grad, "grad", {x.size(0), x.size(1), x.size(3) / 2, x.size(4) / 2, grad.size(4)});
+  check_conv_choice(choice, x, grad.size(4));
+}
+
 }  // namespace metafast

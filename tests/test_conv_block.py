@@ -60,9 +60,9 @@ def plain(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.stack(values) for values in zip(*tasks, strict=True))
 
 
-def both(values: list[Tensor], order: int = 1) -> list[list[Tensor]]:
+def both(values: list[Tensor], device: torch.device, order: int = 1) -> list[list[Tensor]]:
     """Results and gradients up to this order, of ours and of the plain form."""
-    found = []
+    values, found = [value.to(device) for value in values], []
     for function in (conv_norm_relu_pool, plain):
         leaves = [value.detach().clone().requires_grad_() for value in values]
         out = list(function(*leaves))
@@ -82,16 +82,18 @@ def both(values: list[Tensor], order: int = 1) -> list[list[Tensor]]:
 @pytest.mark.parametrize(
     ("lead", "own"), [((), True), ((3,), True), ((3,), False)], ids=["one", "tasks", "shared"]
 )
-def test_values_and_gradients(size: Any, given: bool, lead: tuple[int, ...], own: bool) -> None:
-    assert_same(*both(arguments(size, lead, given, own)), 1e-11)
+def test_values_and_gradients(
+    size: Any, given: bool, lead: tuple[int, ...], own: bool, kernels: torch.device
+) -> None:
+    assert_same(*both(arguments(size, lead, given, own), kernels), 1e-11)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["batch", "given"])
 @pytest.mark.parametrize(
     ("lead", "own"), [((), True), ((2,), True), ((2,), False)], ids=["one", "tasks", "shared"]
 )
-def test_second_gradients(given: bool, lead: tuple[int, ...], own: bool) -> None:
-    assert_same(*both(arguments((2, 2, 4, 5, 3), lead, given, own), order=2), 1e-10)
+def test_second_gradients(given: bool, lead: tuple[int, ...], own: bool, device: torch.device) -> None:
+    assert_same(*both(arguments((2, 2, 4, 5, 3), lead, given, own), device, order=2), 1e-10)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["batch", "given"])
@@ -168,12 +170,12 @@ def test_the_bias_of_the_convolution_has_no_gradient_with_batch_statistics() -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_statistics_do_not_cancel(dtype: torch.dtype, offset: float) -> None:
+def test_statistics_do_not_cancel(dtype: torch.dtype, offset: float, kernels: torch.device) -> None:
     """Of images far from 0, against float64 on the same rounded images; a kernel without a constant part."""
-    x = (randn(8, 1, 12, 12) + offset).to(dtype)
-    kernel = torch.randn(6, 1, 3, 3)
+    x = (randn(8, 1, 12, 12) + offset).to(kernels, dtype)
+    kernel = torch.randn(6, 1, 3, 3).to(kernels)
     kernel -= kernel.mean((-2, -1), keepdim=True)
-    weight, bias = torch.rand(6) + 0.5, torch.randn(6)
+    weight, bias = (torch.rand(6) + 0.5).to(kernels), torch.randn(6).to(kernels)
     y, mean, var = conv_norm_relu_pool(x, kernel, None, weight, bias)
     exact = of_one_task(x.double(), kernel.double(), None, weight.double(), bias.double())
     assert y.dtype == dtype and mean.dtype == var.dtype == torch.float32
@@ -183,8 +185,8 @@ def test_statistics_do_not_cancel(dtype: torch.dtype, offset: float) -> None:
     torch.testing.assert_close(y.double(), exact[0], rtol=4 * eps, atol=8 * eps)
 
 
-def test_half_gradients() -> None:
-    values = [value.bfloat16().double().requires_grad_() for value in arguments((4, 1, 8, 8, 16))]
+def test_half_gradients(device: torch.device) -> None:
+    values = [v.bfloat16().double().to(device).requires_grad_() for v in arguments((4, 1, 8, 8, 16))]
     exact = torch.autograd.grad(weighted_sum(plain(*values)[:1]), values[1:])
     halves = [values[0].detach().bfloat16(), *(v.detach().float().requires_grad_() for v in values[1:])]
     found = torch.autograd.grad(weighted_sum(conv_norm_relu_pool(*halves)[:1]), halves[1:])
@@ -204,6 +206,11 @@ def test_autocast_and_memory_format() -> None:
     assert torch.equal(last.bfloat16(), y) or float((last - y.float()).abs().max()) < 0.05
 
 
+def test_many_bands(kernels: torch.device) -> None:
+    """Images larger than what a block of threads keeps, with a row more than windows."""
+    assert_same(*both(arguments((1, 3, 41, 90, 2)), kernels), 1e-11)
+
+
 def test_no_result_depends_on_the_threads() -> None:
     values = [value.float().requires_grad_() for value in arguments((21, 1, 10, 10, 24))]
     before, found = torch.get_num_threads(), []
@@ -218,9 +225,9 @@ def test_no_result_depends_on_the_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
-def test_nan_and_infinity() -> None:
+def test_nan_and_infinity(kernels: torch.device) -> None:
     """As torch: NaN spreads over the channels with given statistics, and wins its windows."""
-    values = arguments((2, 1, 6, 6, 3), given=True)
+    values = [value.to(kernels) for value in arguments((2, 1, 6, 6, 3), given=True)]
     values[0][0, 0, 0, 0] = torch.nan
     values[0][1, 0, 5, 5] = torch.inf
     got, want = (function(*values)[0] for function in (conv_norm_relu_pool, plain))
@@ -229,28 +236,29 @@ def test_nan_and_infinity() -> None:
     assert conv_norm_relu_pool(*values[:5])[0].isnan().all()
 
 
-def test_without_images_or_tasks() -> None:
-    values = arguments((0, 1, 4, 4, 3), given=True)
+def test_without_images_or_tasks(device: torch.device) -> None:
+    values = [value.to(device) for value in arguments((0, 1, 4, 4, 3), given=True)]
     y, mean, _ = conv_norm_relu_pool(*(v.requires_grad_() for v in values))
     assert y.shape == (0, 3, 2, 2) and torch.equal(mean, values[5])
     assert all(
         not g.any()
         for g in torch.autograd.grad(y.sum(), values[1:], allow_unused=True, materialize_grads=True)
     )
-    assert conv_norm_relu_pool(*arguments((2, 1, 4, 4, 3), (0,)))[0].shape == (0, 2, 3, 2, 2)
+    none = [value.to(device) for value in arguments((2, 1, 4, 4, 3), (0,))]
+    assert conv_norm_relu_pool(*none)[0].shape == (0, 2, 3, 2, 2)
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_plain_forms_are_the_kernels(own: bool) -> None:
+def test_plain_forms_are_the_kernels(own: bool, kernels: torch.device) -> None:
     """What runs on a device without kernels."""
-    x = randn(3, 2, 2, 5, 6)
     groups = 3 if own else 1
-    weight, bias = randn(groups, 4, 18), randn(groups, 4)
+    shapes = (3, 2, 2, 5, 6), (groups, 4, 18), (groups, 4)
+    x, weight, bias = (randn(*shape).to(kernels) for shape in shapes)
     y, choice = CONV_POOL(x, weight, bias)
     found, kept = conv_block._conv_pool(x, weight, bias)
     assert_same(found, y, 1e-12)
     assert torch.equal(kept, choice) and kept.dtype == torch.uint8 and len(kept.unique()) == 5
-    grad = randn(*y.shape)
+    grad = randn(*y.shape).to(kernels)
     assert_same(conv_block._conv_pool_vjp(grad, choice, x), CONV_POOL_VJP(grad, choice, x), 1e-12)
     assert_same(
         conv_block._conv_pool_jvp(choice, x, weight, bias), CONV_POOL_JVP(choice, x, weight, bias), 1e-12

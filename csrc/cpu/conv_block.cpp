@@ -1,5 +1,5 @@
 // The first convolutional block on the CPU: threads over images. Its convolution is cheaper to compute again than to store.
-#include "cpu/conv_block.h"
+#include "math/conv_block.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -67,7 +67,7 @@ Scratch<A> by_lanes(const Tensor& weight_any, const Tensor& bias_any, const Bloc
 template <class S, class Body>
 void for_each_image(const Tensor& x, const BlockShape& shape, const Body& body) {
   using A = accumulate_t<S>;
-  const int64_t n = x.size(1), pixels = shape.planes * shape.height * shape.width;
+  const int64_t n = x.size(1), pixels = shape.pixels();
   const S* from = x.template const_data_ptr<S>();
   parallel(x.size(0) * n, shape.rows() * shape.columns() * 4 * shape.patch() * shape.channels,
            [&](int64_t begin, int64_t end) {
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> conv_pool(const Tensor& x_any, const Tensor& weight, 
     auto* kernel = METAFAST_KERNEL(conv_pool_image<S>);
     S* to = out.template mutable_data_ptr<S>();
     uint8_t* kept = choice.template mutable_data_ptr<uint8_t>();
-    const int64_t each = T / std::max<int64_t>(1, weight.size(0)), size = shape.rows() * shape.columns() * C;
+    const int64_t each = T / std::max<int64_t>(1, weight.size(0)), size = shape.results();
     for_each_image<S>(x, shape, [&](int64_t t, int64_t k, const A* image) {
       const A* own = packed.get() + t / each * (K + 1) * lanes;
       kernel(image, shape, own, own + K * lanes, to + k * size, kept + k * size);
@@ -118,7 +118,7 @@ Tensor conv_pool_jvp(const Tensor& choice_any, const Tensor& x_any, const Tensor
     auto* kernel = METAFAST_KERNEL(conv_chosen_image<S>);
     S* to = out.template mutable_data_ptr<S>();
     const uint8_t* kept = choice.template const_data_ptr<uint8_t>();
-    const int64_t each = T / std::max<int64_t>(1, weight.size(0)), size = shape.rows() * shape.columns() * C;
+    const int64_t each = T / std::max<int64_t>(1, weight.size(0)), size = shape.results();
     for_each_image<S>(x, shape, [&](int64_t t, int64_t k, const A* image) {
       const A* own = packed.get() + t / each * (K + 1) * lanes;
       kernel(image, shape, own, own + K * lanes, kept + k * size, to + k * size);
@@ -129,12 +129,8 @@ Tensor conv_pool_jvp(const Tensor& choice_any, const Tensor& x_any, const Tensor
 
 std::tuple<Tensor, Tensor> conv_pool_vjp(const Tensor& grad_any, const Tensor& choice_any, const Tensor& x_any) {
   check_cpu(x_any, "x");
-  check_conv_images(x_any);
-  check_dim(grad_any, "grad", 5, "[T, n, H / 2, W / 2, C]");
+  check_conv_grad(grad_any, choice_any, x_any);
   const int64_t C = grad_any.size(4);
-  check_conv_choice(choice_any, x_any, C);
-  check_like(grad_any, "grad", x_any, "x");
-  check_shape(grad_any, "grad", {x_any.size(0), x_any.size(1), x_any.size(3) / 2, x_any.size(4) / 2, C});
   const Tensor x = dense(x_any), grad = dense(grad_any), choice = dense(choice_any);
   const BlockShape shape = shape_of(x, C);
   const int64_t T = x.size(0), n = x.size(1), K = shape.patch(), lanes = shape.lanes();
@@ -146,7 +142,7 @@ std::tuple<Tensor, Tensor> conv_pool_vjp(const Tensor& grad_any, const Tensor& c
     auto* kernel = METAFAST_KERNEL(conv_sums_image<S>);
     const S *images = x.template const_data_ptr<S>(), *grads = grad.template const_data_ptr<S>();
     const uint8_t* kept = choice.template const_data_ptr<uint8_t>();
-    const int64_t pixels = shape.planes * shape.height * shape.width, size = shape.rows() * shape.columns() * C;
+    const int64_t pixels = shape.pixels(), size = shape.results();
     const int64_t parts = (n + kTogether - 1) / kTogether, sums = (K + 1) * lanes;
     const Scratch<A> of_parts(T * parts * sums);
     parallel(T * parts, kTogether * size * 4 * K, [&](int64_t begin, int64_t end) {
@@ -190,7 +186,7 @@ std::tuple<Tensor, Tensor> patch_moments(const Tensor& x_any) {
     using S = typename decltype(dtype)::type;
     auto* kernel = METAFAST_KERNEL(patch_moments_image<S>);
     const S* images = x.template const_data_ptr<S>();
-    const int64_t pixels = shape.planes * shape.height * shape.width, parts = (n + kTogether - 1) / kTogether;
+    const int64_t pixels = shape.pixels(), parts = (n + kTogether - 1) / kTogether;
     const Scratch<double> of_parts(T * parts * sums);
     parallel(T * parts, kTogether * pixels * sums, [&](int64_t begin, int64_t end) {
       const Scratch<double> image = image_room<double>(shape);

@@ -1,9 +1,6 @@
 // A 3 x 3 convolution of few planes, ReLU and 2 x 2 max-pooling of one image, its adjoint, and the moments of its patches.
 // Read once for each instruction set: no guard.
 
-// What a pooled pixel kept: the position in its window, row by row, or nothing.
-constexpr int kWindow = 4, kNothing = 4;
-
 template <class A>
 using lane_bits = typename VectorOf<A>::bits;
 
