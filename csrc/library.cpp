@@ -45,6 +45,23 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor? scale, float fixed_regularisation, float fixed_scale, Tensor weight, Tensor alpha, Tensor factor) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // x [T, n, C, H, W] in this order in memory or with the channels last; weight, bias and, where given, mean and var
+  // [T, C] in float32 or float64 -> y, the statistics ([T, 0] if given), and which pixel of each window was chosen
+  m.def(
+      "norm_relu_pool(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, float eps, bool relu, "
+      "bool pool) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The gradients for x, weight, bias and given statistics.
+  m.def(
+      "norm_relu_pool_vjp(Tensor grad, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor bias, "
+      "Tensor mean, Tensor var, Tensor choice, bool given, float eps, bool relu, bool pool) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The gradients of <u, norm_relu_pool_vjp> for grad, grad_mean, grad_var, x, weight and given statistics.
+  m.def(
+      "norm_relu_pool_vjp_vjp(Tensor u_x, Tensor u_weight, Tensor u_bias, Tensor? u_mean, Tensor? u_var, Tensor grad, "
+      "Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, "
+      "Tensor choice, bool given, float eps, bool relu, bool pool) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
   m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");
   // -rates_k upstream_k, if `scaled`, and then -upstream_k grads_k summed to the shape of rates_k, whose dimensions that are

@@ -8,6 +8,7 @@ from metafast.distance import cdist, pairwise_distance
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.mlp import adapt_mlp, adapted_mlp
+from metafast.norm_relu_pool import norm_relu_pool
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate",
     "fit",
     "learners",
+    "norm_relu_pool",
     "pairwise_distance",
     "prototypes",
     "prototypical_loss",
