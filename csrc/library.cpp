@@ -54,12 +54,12 @@ STABLE_TORCH_LIBRARY(metafast, m) {
   // outputs [T, m, out]; without a query the packed adapted parameters [T, P]; what the vjp wants to know.
   m.def(
       "mlp_loop(Tensor inputs, Tensor targets, Tensor? query, Tensor[] weights, Tensor[] biases, Tensor[] rates, "
-      "float rate, int steps, int activation, int loss, bool first_order) -> (Tensor, Tensor, Tensor)");
+      "float rate, int steps, int activation, int loss, bool first_order, bool factored) -> (Tensor, Tensor, Tensor)");
   // Gradients of inputs, targets and query (empty unless `data`), weights, biases and rates.
   m.def(
       "mlp_loop_vjp(Tensor? grad_outputs, Tensor? grad_parameters, Tensor inputs, Tensor targets, Tensor? query, "
       "Tensor[] weights, Tensor[] biases, Tensor[] rates, float rate, int steps, int activation, int loss, "
-      "bool first_order, Tensor tape, bool data) -> Tensor[]");
+      "bool first_order, bool factored, Tensor tape, bool data) -> Tensor[]");
 
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");

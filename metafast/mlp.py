@@ -172,6 +172,14 @@ def _run(
         targets = targets if labelled else targets.to(dtype)
         weights, biases = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
         rates = [r.to(dtype) for r in rates]
+    # The first layer by its products with the rows, where that is less work: with W weights in it and o outputs
+    # (2 n + 2 m) W + (n + m) n d + 2 n (K n + m) o in both directions, against (4 K n + 2 m) W.
+    d, first_out = inputs.shape[-1], weights[0].shape[-2]
+    n, m = inputs.shape[-2], 0 if query is None else query.shape[-2]
+    factored = (
+        len(rates) != 2 * len(weights)
+        and (4 * steps - 2) * d * first_out > (n + m) * d + 2 * (steps * n + m) * first_out
+    )
     return lead, call(
         LOOP,
         inputs,
@@ -185,6 +193,7 @@ def _run(
         kind,
         objective,
         first_order,
+        factored,
     )
 
 
@@ -447,7 +456,9 @@ def _tangent(number: Any) -> Tensor:
     return torch.zeros_like(value_of(number)) if tangent is None else tangent
 
 
-def _tape_size(inputs: Tensor, query: Tensor | None, weights: Sequence[Tensor], steps: int) -> Any:
+def _tape_size(
+    inputs: Tensor, query: Tensor | None, weights: Sequence[Tensor], steps: int, factored: bool
+) -> Any:
     """Numbers of a task's tape, as csrc/cpu/mlp.h lays it out."""
 
     def padded(width: Any) -> Any:
@@ -457,13 +468,18 @@ def _tape_size(inputs: Tensor, query: Tensor | None, weights: Sequence[Tensor], 
     for layer, weight in enumerate(weights):
         out, fan_in = weight.shape[-2:]
         columns += padded(out)
-        parameters += (fan_in * padded(out) if layer == 0 else out * padded(fan_in)) + padded(out)
+        if layer > 0 or not factored:
+            parameters += (fan_in * padded(out) if layer == 0 else out * padded(fan_in)) + padded(out)
     rows = 0 if query is None else query.shape[1]
-    return steps * (2 * inputs.shape[1] * columns + parameters) + rows * columns
+    n = inputs.shape[1]
+    products = (n + rows) * padded(n) + n * padded(weights[0].shape[-2]) if factored else 0
+    return steps * (2 * n * columns + parameters) + rows * columns + products
 
 
-def _no_tape(inputs: Tensor, query: Tensor | None, weights: Sequence[Tensor], steps: int) -> Tensor:
-    return inputs.new_zeros(inputs.shape[0], _tape_size(inputs, query, weights, steps))
+def _no_tape(
+    inputs: Tensor, query: Tensor | None, weights: Sequence[Tensor], steps: int, factored: bool
+) -> Tensor:
+    return inputs.new_zeros(inputs.shape[0], _tape_size(inputs, query, weights, steps, factored))
 
 
 def _loop_vjp(need: Any, grads: Any, *saved: Any) -> Any:
@@ -478,32 +494,28 @@ def _loop_vjp(need: Any, grads: Any, *saved: Any) -> Any:
         out[3 : 3 + layers],
         out[3 + layers : 3 + 2 * layers],
         out[3 + 2 * layers :],
-        None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
 def _loop_jvp(tangents: Any, *args: Any) -> Any:
-    outputs, parameters = _closed(*(_dual(a, v) for a, v in zip(args, tangents, strict=True)))
+    outputs, parameters = _closed(*(_dual(a, v) for a, v in zip(args[:-1], tangents[:-1], strict=True)))
     return _tangent(outputs), _tangent(parameters), None
 
 
 def _fallback_loop(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *_closed(*args), _no_tape(args[0], args[2], args[3], args[7])
+    return *_closed(*args[:-1]), _no_tape(args[0], args[2], args[3], args[7], args[11])
 
 
 def _fallback_loop_vjp(*args: Any) -> list[Tensor]:
-    *rest, _, data = args
+    *rest, _, _, data = args
     out = _closed_vjp(*rest)
     return out if data else [*(args[2].new_zeros(0) for _ in range(3)), *out[3:]]
 
 
 def _loop_vjp_tangent(tangents: Any, *args: Any) -> list[Tensor]:
     """The tangent of LOOP_VJP; the tape is a function of the other arguments, and is computed anew."""
-    *rest, _, data = args
+    *rest, _, _, data = args
     out = [_tangent(o) for o in _closed_vjp(*(_dual(a, v) for a, v in zip(rest, tangents, strict=False)))]
     return out if data else [*(args[2].new_zeros(0) for _ in range(3)), *out[3:]]
 
@@ -511,7 +523,7 @@ def _loop_vjp_tangent(tangents: Any, *args: Any) -> list[Tensor]:
 # LOOP_VJP is the gradient of <grads, LOOP>, whose second derivative is symmetric: its vjp for LOOP's arguments is its
 # own tangent, and its vjp for the upstream gradients is the tangent of LOOP.
 def _loop_vjp_vjp(need: Any, grads: Any, *args: Any) -> Any:
-    *own, _, data = args[2:]
+    *own, _, _, data = args[2:]
     targets, query, layers = own[1], own[2], len(own[3])
     directions = (
         grads[0] if data else None,
@@ -536,7 +548,7 @@ def _loop_vjp_vjp(need: Any, grads: Any, *args: Any) -> Any:
         out[3 : 3 + layers],
         out[3 + layers : 3 + 2 * layers],
         out[3 + 2 * layers :],
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
@@ -595,13 +607,14 @@ def _(
     activation: int,
     loss: int,
     first_order: bool,
+    factored: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks = inputs.shape[0]
     packed = sum(w.shape[-2] * (w.shape[-1] + 1) for w in weights)
     return (
         inputs.new_empty(tasks, 0 if query is None else query.shape[1], weights[-1].shape[-2]),
         inputs.new_empty(tasks, packed if query is None else 0),
-        inputs.new_empty(tasks, _tape_size(inputs, query, weights, steps)),
+        inputs.new_empty(tasks, _tape_size(inputs, query, weights, steps, factored)),
     )
 
 
@@ -620,6 +633,7 @@ def _(
     activation: int,
     loss: int,
     first_order: bool,
+    factored: bool,
     tape: Tensor,
     data: bool,
 ) -> list[Tensor]:

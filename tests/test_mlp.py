@@ -193,7 +193,7 @@ def test_groups_of_the_operator(device: torch.device) -> None:
     rates = [some(3, 2)]
 
     def run(weights: Any, biases: Any, rates: Any) -> Tensor:
-        return mlp.LOOP(inputs, targets, query, weights, biases, rates, 0.0, 2, 1, 0, False)[0]
+        return mlp.LOOP(inputs, targets, query, weights, biases, rates, 0.0, 2, 1, 0, False, False)[0]
 
     leaves = [*weights, *biases, *rates]
     actual = run(weights, biases, rates)
@@ -303,7 +303,7 @@ def test_bad_label_spoils_every_result(
 
     def run(labels: Tensor) -> list[Tensor]:
         arguments = (inputs, labels, query if with_query else None, weights, biases, rates)
-        options = (0.0, steps, 0, 0, first_order)
+        options = (0.0, steps, 0, 0, first_order, False)
         outputs, parameters, tape = mlp.LOOP(*arguments, *options)
         upstream = (outputs.cos(), None) if with_query else (None, parameters.cos())
         found = [outputs, parameters, *mlp.LOOP_VJP(*upstream, *arguments, *options, tape, True)]
@@ -404,6 +404,7 @@ def test_opcheck(with_query: bool, rates: str, hardware: torch.device) -> None:
         K,
         1,
         0,
+        False,
         False,
     )
     tests = ("test_schema", "test_faketensor", *(("test_aot_dispatch_dynamic",) if rates == "steps" else ()))
