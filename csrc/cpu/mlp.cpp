@@ -62,18 +62,31 @@ Matrix<A> matrix_of(const Tensor& tensor, int64_t own, int64_t g) {
   return {data, own == 2 ? tensor.stride(lead) : 0, tensor.stride(tensor.dim() - 1)};
 }
 
-// A block of parameters, pads zero, from tensors of each layer.
+// visit(o, k) for a weight [out, in]; in squares, as one of what is read and what is written is a column at a time.
+template <class Visit>
+void for_each_weight(int64_t out, int64_t in, const Visit& visit) {
+  constexpr int64_t kSide = 16;
+  for (int64_t first_o = 0; first_o < out; first_o += kSide) {
+    for (int64_t first_k = 0; first_k < in; first_k += kSide) {
+      for (int64_t o = first_o; o < std::min(first_o + kSide, out); ++o) {
+        for (int64_t k = first_k; k < std::min(first_k + kSide, in); ++k) visit(o, k);
+      }
+    }
+  }
+}
+
+// A block of parameters, pads zero, from tensors of the layers beginning with `lowest`.
 template <class A>
-void pack(const MlpPlan& plan, const Tensor* weights, const Tensor* biases, int64_t g, A* block) {
-  std::fill_n(block, plan.parameters, A(0));
-  for (int64_t l = 0; l < plan.layers; ++l) {
+void pack(const MlpPlan& plan, const Tensor* weights, const Tensor* biases, int64_t lowest, int64_t g, A* block) {
+  std::fill_n(block, lowest == 0 ? plan.parameters : plan.stepped, A(0));
+  for (int64_t l = lowest; l < plan.layers; ++l) {
     const int64_t in = plan.width[l], out = plan.width[l + 1];
     const Matrix<A> weight = matrix_of<A>(weights[l], 2, g), bias = matrix_of<A>(biases[l], 1, g);
     A* to = block + plan.weight[l];
     const int64_t row = l == 0 ? 1 : padded(in), column = l == 0 ? padded(out) : 1;
-    for (int64_t o = 0; o < out; ++o) {
-      for (int64_t k = 0; k < in; ++k) to[o * row + k * column] = weight.data[o * weight.row + k * weight.column];
-    }
+    for_each_weight(out, in, [&](int64_t o, int64_t k) {
+      to[o * row + k * column] = weight.data[o * weight.row + k * weight.column];
+    });
     for (int64_t o = 0; o < out; ++o) block[plan.bias[l] + o] = bias.data[o * bias.column];
   }
 }
@@ -103,7 +116,7 @@ struct MlpBlocks {
   Scratch<A> block_rates;  // [rate groups, block]
   Tensor labels;
 
-  MlpBlocks(const MlpLayout& from, double rate)
+  MlpBlocks(const MlpLayout& from, double rate, bool first_layer)
       : arguments(from),
         initial(from.groups * from.plan.parameters),
         step_rates(from.rate_groups * from.plan.steps * from.plan.layers),
@@ -111,11 +124,12 @@ struct MlpBlocks {
         labels(from.targets) {
     const MlpPlan& plan = from.plan;
     for (int64_t g = 0; g < from.groups; ++g) {
-      pack<A>(plan, from.weights.data(), from.biases.data(), g, initial.get() + g * plan.parameters);
+      pack<A>(plan, from.weights.data(), from.biases.data(), first_layer ? 0 : 1, g, initial.get() + g * plan.parameters);
     }
     for (int64_t g = 0; g < from.rate_groups; ++g) {
       if (from.rate_for_each()) {
-        pack<A>(plan, from.rates.data(), from.rates.data() + plan.layers, g, block_rates.get() + g * plan.parameters);
+        pack<A>(plan, from.rates.data(), from.rates.data() + plan.layers, 0, g,
+                block_rates.get() + g * plan.parameters);
         continue;
       }
       for (int64_t t = 0; t < plan.steps; ++t) {
@@ -174,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_loop(const Tensor& inputs, const Tensor& 
   Tensor tape = empty(inputs, {T, plan.tape()});
   dispatch_full(inputs.scalar_type(), "inputs", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
-    const MlpBlocks<A> blocks(arguments, rate);
+    const MlpBlocks<A> blocks(arguments, rate, true);
     auto* kernel = METAFAST_KERNEL(mlp_adapt<A>);
     auto* first_layer = METAFAST_KERNEL(mlp_first_layer<A>);
     A* tapes = tape.template mutable_data_ptr<A>();
@@ -216,7 +230,8 @@ Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optio
       arguments.gradients(data, [&](std::initializer_list<int64_t> sizes) { return empty(inputs, sizes); });
   dispatch_full(inputs.scalar_type(), "inputs", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
-    const MlpBlocks<A> blocks(arguments, rate);
+    // The factored sweep needs the first layer for the data's gradients only.
+    const MlpBlocks<A> blocks(arguments, rate, data || !plan.factored);
     auto* kernel = METAFAST_KERNEL(mlp_adapt_vjp<A>);
     auto* first_gradient = METAFAST_KERNEL(mlp_first_gradient<A>);
     auto* add_up = METAFAST_KERNEL(sum_blocks<A>);
@@ -295,9 +310,9 @@ Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optio
           }
           const A* own = of_tasks.get() + g * (T / groups) * block;
           const int64_t row = l == 0 ? 1 : padded(fan_in), column = l == 0 ? padded(out) : 1;
-          for (int64_t o = 0; o < out; ++o) {
-            for (int64_t k = 0; k < fan_in; ++k) *to_weight++ = own[plan.weight[l] + o * row + k * column];
-          }
+          for_each_weight(out, fan_in, [&](int64_t o, int64_t k) {
+            to_weight[o * fan_in + k] = own[plan.weight[l] + o * row + k * column];
+          });
           std::copy_n(own + plan.bias[l], out, to_bias);
         }
       }

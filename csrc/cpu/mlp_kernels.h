@@ -411,11 +411,11 @@ void mlp_adapt(const MlpPlan& plan, const MlpTask<A>& task, A* scratch) {
   if (plan.factored) {
     A* const turned = sums + n * stride;
     const int64_t in = plan.width[0], height = padded_width(n);
-    for (int64_t k = 0; k <= in; ++k) {
-      for (int64_t i = 0; i < height; ++i) {
-        turned[k * height + i] = k == in ? A(1) : (i < n ? task.inputs.at(i, k) : A(0));
-      }
+    for (int64_t k = 0; k < in; ++k) {
+      for (int64_t i = 0; i < n; ++i) turned[k * height + i] = task.inputs.at(i, k);
+      for (int64_t i = n; i < height; ++i) turned[k * height + i] = 0;
     }
+    for (int64_t i = 0; i < height; ++i) turned[in * height + i] = 1;
     products_with_rows(plan, task.inputs, turned, products, n);
     products_with_rows(plan, task.query, turned, of_query, m);
     first_sums<A>(plan, task.initial, task.inputs, nullptr, nullptr, sums, n);
