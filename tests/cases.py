@@ -344,9 +344,10 @@ def _adapted(
     inputs: Mapping[str, Input],
     arguments: Callable[..., tuple[Any, Any, Any]],
     unit_rows: bool = False,
+    steps: int = STEPS,
     **options: Any,
 ) -> Case:
-    """Two steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
+    """Steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
 
     Rows, or initial weights and rates, shrink with the number of inputs, so that steps converge for any.
     """
@@ -355,7 +356,7 @@ def _adapted(
         def of(x: Tensor, y: Tensor, query: Tensor, *rest: Any) -> Any:
             if unit_rows:
                 x, query = x * _fan(x) ** 0.5, query * _fan(x) ** 0.5
-            return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), 2, **options)
+            return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), steps, **options)
 
         return of
 
@@ -420,6 +421,23 @@ _MLPS = (
         ),
         activation="tanh",
         loss="cross_entropy",
+    ),
+    # Steps enough that nearly all sizes make them on products of rows.
+    _adapted(
+        "tanh-mse-many",
+        {
+            "targets": Input("n C"),
+            "weight": Input("3 d", per_task=False),
+            "top": Input("C 3", per_task=False),
+            "rates": Input("6", "positive", per_task=False),
+        },
+        lambda x, weight, top, rates: (
+            [weight * _fan(x) ** 0.5, top],
+            [top.sum(0), top.sum(-1)],
+            [rates * 0.1 * _fan(x), 0.02],
+        ),
+        steps=6,
+        activation="tanh",
     ),
 )
 

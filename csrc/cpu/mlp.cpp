@@ -40,9 +40,9 @@ struct MlpLayout : MlpArguments {
     for (int64_t l = 1; l < layers(); ++l) place(l, width[l + 1] * padded(width[l]));
     const int64_t above = parameters;
     place(0, width[0] * padded(width[1]));
-    plan = {layers(),      rows,       query_rows, steps,
-            width.data(),  weight.data(), bias.data(), column.data(),
-            parameters,    factored ? above : parameters, columns,    activation, loss, first_order, factored};
+    plan = {layers(),      rows,        query_rows,    steps,       width.data(),
+            weight.data(), bias.data(), column.data(), parameters,  factored ? above : parameters,
+            columns,       activation,  loss,          first_order, factored};
   }
 
   int64_t group(int64_t t) const { return t / (tasks / groups); }
@@ -124,7 +124,8 @@ struct MlpBlocks {
         labels(from.targets) {
     const MlpPlan& plan = from.plan;
     for (int64_t g = 0; g < from.groups; ++g) {
-      pack<A>(plan, from.weights.data(), from.biases.data(), first_layer ? 0 : 1, g, initial.get() + g * plan.parameters);
+      pack<A>(plan, from.weights.data(), from.biases.data(), first_layer ? 0 : 1, g,
+              initial.get() + g * plan.parameters);
     }
     for (int64_t g = 0; g < from.rate_groups; ++g) {
       if (from.rate_for_each()) {

@@ -460,7 +460,8 @@ void mlp_first_layer(const MlpPlan& plan, const MlpTask<A>& task, A* to) {
   A* const change = task.tape + plan.change();
   const Factor<A> factor{transposed(task.inputs), change, stride, plan.rows};
   product<A, Finish::add>(&factor, 1, {to, stride, initial, nullptr, 0}, in, out);
-  column_sums<A, Finish::add>({change, stride}, plan.rows, {to + in * stride, 0, initial + in * stride, nullptr, 0}, out);
+  column_sums<A, Finish::add>({change, stride}, plan.rows, {to + in * stride, 0, initial + in * stride, nullptr, 0},
+                              out);
 }
 
 // Adds to rows [begin, end) of `to`, [in, out], those of the gradient of the first layer: L + R^T X.
