@@ -202,7 +202,7 @@ x, labels = torch.zeros(1, 2, 3), torch.tensor([[0, 1]])
 loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
 one = torch.ones(1)
-net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False
+net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False, False
 calls = {
     DISTANCE: (x, x, 0),
     DISTANCE_VJP: (square, x, x, 0),
