@@ -343,8 +343,9 @@ def _adapted(
     name: str,
     inputs: Mapping[str, Input],
     arguments: Callable[..., tuple[Any, Any, Any]],
-    unit_rows: bool = False,
+    rows: Callable[[Tensor], Tensor] = lambda x: x,
     steps: int = STEPS,
+    condition: float = 4.0,
     **options: Any,
 ) -> Case:
     """Steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
@@ -354,8 +355,7 @@ def _adapted(
 
     def function(module: Any) -> Callable[..., Any]:
         def of(x: Tensor, y: Tensor, query: Tensor, *rest: Any) -> Any:
-            if unit_rows:
-                x, query = x * _fan(x) ** 0.5, query * _fan(x) ** 0.5
+            x, query = rows(x), rows(query)
             return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), steps, **options)
 
         return of
@@ -368,7 +368,7 @@ def _adapted(
         {**data, **{k: v for k, v in inputs.items() if k != "targets"}},
         kernels_only=False,
         promotes=True,
-        condition=4.0,
+        condition=condition,
     )
 
 
@@ -386,7 +386,7 @@ _MLPS = (
             "top": Input("C 3", per_task=False),
         },
         lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.1),
-        unit_rows=True,
+        rows=lambda x: x * _fan(x) ** 0.5,
     ),
     _adapted(
         "tanh-cross_entropy-rate",
@@ -422,21 +422,23 @@ _MLPS = (
         activation="tanh",
         loss="cross_entropy",
     ),
-    # Steps enough that nearly all sizes make them on products of rows.
+    # Steps and inputs enough that nearly all sizes make the first layer's steps on products of rows.
     _adapted(
         "tanh-mse-many",
         {
             "targets": Input("n C"),
             "weight": Input("3 d", per_task=False),
             "top": Input("C 3", per_task=False),
-            "rates": Input("6", "positive", per_task=False),
+            "rate": Input("", "positive", per_task=False),
         },
-        lambda x, weight, top, rates: (
-            [weight * _fan(x) ** 0.5, top],
+        lambda x, weight, top, rate: (
+            [torch.cat([weight, -0.5 * weight, weight.cos()], -1) * _fan(x) ** 0.5, top],
             [top.sum(0), top.sum(-1)],
-            [rates * 0.1 * _fan(x), 0.02],
+            [rate * _fan(x), 0.1],
         ),
-        steps=6,
+        rows=lambda x: torch.cat([x, -x, x.flip(-1)], -1),
+        steps=4,
+        condition=8.0,
         activation="tanh",
     ),
 )
