@@ -45,8 +45,28 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor? scale, float fixed_regularisation, float fixed_scale, Tensor weight, Tensor alpha, Tensor factor) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // x [T, n, C, H, W] in this order in memory or with the channels last; weight, bias and, where given, mean and var
+  // [T, C] in float32 or float64 -> y, the statistics ([T, 0] if given), and which pixel of each window was chosen
+  m.def(
+      "norm_relu_pool(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, float eps, bool relu, "
+      "bool pool) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The gradients for x, weight, bias and given statistics.
+  m.def(
+      "norm_relu_pool_vjp(Tensor grad, Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor bias, "
+      "Tensor mean, Tensor var, Tensor choice, bool given, float eps, bool relu, bool pool) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The gradients of <u, norm_relu_pool_vjp> for grad, grad_mean, grad_var, x, weight and given statistics.
+  m.def(
+      "norm_relu_pool_vjp_vjp(Tensor u_x, Tensor u_weight, Tensor u_bias, Tensor? u_mean, Tensor? u_var, Tensor grad, "
+      "Tensor? grad_mean, Tensor? grad_var, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, "
+      "Tensor choice, bool given, float eps, bool relu, bool pool) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // params_k - rates_k grads_k, or with the one rate for all where rates is empty; the arguments broadcast
   m.def("sgd_update(Tensor[] params, Tensor[] grads, Tensor[] rates, float rate) -> Tensor[]");
+  // -rates_k upstream_k, if `scaled`, and then -upstream_k grads_k summed to the shape of rates_k, whose dimensions that are
+  // summed stand side by side
+  m.def("sgd_update_vjp(Tensor[] upstream, Tensor[] grads, Tensor[] rates, bool scaled) -> Tensor[]");
 
   // The inner loop of an MLP. inputs [T, n, in], targets [T, n, out] or class numbers [T, n], query [T, m, in]; weights
   // [out, in], biases [out], all shared or all with a leading dimension G that divides T. rates: none (the number is),
@@ -60,6 +80,16 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "mlp_loop_vjp(Tensor? grad_outputs, Tensor? grad_parameters, Tensor inputs, Tensor targets, Tensor? query, "
       "Tensor[] weights, Tensor[] biases, Tensor[] rates, float rate, int steps, int activation, int loss, "
       "bool first_order, bool factored, Tensor tape, bool data) -> Tensor[]");
+
+  // x [T, n, planes, H, W] convolved with weight [G, C, 9 planes] and bias [G, C], float32 or float64, under a border of
+  // zeros; ReLU and 2 x 2 max-pooling -> [T, n, H / 2, W / 2, C], and what each result was: a place in its window, or 4
+  m.def("conv_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  // The gradients [T, C, 9 planes] and [T, C] of weight and bias.
+  m.def("conv_pool_vjp(Tensor grad, Tensor choice, Tensor x) -> (Tensor, Tensor)");
+  // The convolution with weight and bias at the choices, 0 at those of 4.
+  m.def("conv_pool_jvp(Tensor choice, Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  // Mean [T, 9 planes] and biased covariance of the patches under a 3 x 3 convolution, float64.
+  m.def("patch_moments(Tensor x) -> (Tensor, Tensor)");
 
   m.def("vector_bits(int bits) -> int");
   m.def("keep_pages() -> bool");

@@ -2,11 +2,13 @@
 
 from metafast import data, learners, reference
 from metafast.backbones import Conv4
+from metafast.conv_block import conv_norm_relu_pool
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.mlp import adapt_mlp, adapted_mlp
+from metafast.norm_relu_pool import norm_relu_pool
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
@@ -23,10 +25,12 @@ __all__ = [
     "analyze",
     "cdist",
     "check",
+    "conv_norm_relu_pool",
     "data",
     "evaluate",
     "fit",
     "learners",
+    "norm_relu_pool",
     "pairwise_distance",
     "prototypes",
     "prototypical_loss",

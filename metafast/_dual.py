@@ -92,6 +92,10 @@ class Dual:
         tangent = self.tangent
         return Dual(self.value.relu(), None if tangent is None else torch.where(self.value > 0, tangent, 0.0))
 
+    def rsqrt(self) -> Dual:
+        root = self.value.rsqrt()
+        return Dual(root, None if self.tangent is None else root * root * root * self.tangent * -0.5)
+
     def _linear(self, function: Callable[[Tensor], Tensor]) -> Dual:
         return Dual(function(self.value), None if self.tangent is None else function(self.tangent))
 
@@ -138,6 +142,11 @@ def upper_half(matrix: Tensor) -> Tensor:
 def _nan_unless_positive_definite(a: Tensor) -> Tensor:
     info = torch.linalg.cholesky_ex(a.detach())[1]
     return torch.where(info > 0, torch.nan, 0.0).to(a.dtype)[..., None, None].expand(a.shape)
+
+
+def linear(function: Callable[[Tensor], Tensor], number: Any) -> Any:
+    """A linear ``function`` of a tensor, or of a Dual number."""
+    return number._linear(function) if isinstance(number, Dual) else function(number)
 
 
 def value_of(number: Any) -> Any:

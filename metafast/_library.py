@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ def vector_bits(bits: int = 0) -> int:
     return operator("vector_bits")(bits)
 
 
-def fallback(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
-    """Run ``function`` (plain PyTorch) where ``op`` has no kernel for the device, with one warning per operator."""
+def fallback(op: torch._ops.OpOverload, function: Callable[..., Any], wide: Sequence[int] = ()) -> None:
+    """Run ``function`` (plain PyTorch) where ``op`` has no kernel for the device, with one warning per operator.
+
+    With arguments in a half type it computes in float32, in which the results at the positions ``wide`` remain.
+    """
     warned = False
 
     def kernel(*args: Any) -> Any:
@@ -61,7 +64,9 @@ def fallback(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
         if half is None:
             return function(*args)
         out = function(*(a.float() if isinstance(a, Tensor) and a.dtype in _HALVES else a for a in args))
-        return out.to(half) if isinstance(out, Tensor) else tuple(o.to(half) for o in out)
+        if isinstance(out, Tensor):
+            return out.to(half)
+        return tuple(o if k in wide else o.to(half) for k, o in enumerate(out))
 
     LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
 

@@ -14,6 +14,7 @@ from metafast._batching import register_rule
 from metafast._library import LIBRARY, operator
 
 UPDATE = operator("sgd_update")
+UPDATE_VJP = operator("sgd_update_vjp")
 
 #: torch cuts a sum to one number among its threads from this many terms on.
 _CUT = 32768
@@ -137,7 +138,7 @@ def _broadcast(*named: tuple[str, Tensor]) -> None:
         raise ValueError(f"{named[-1][0]}: expected a shape that broadcasts, but {text}") from None
 
 
-# torch's loop over the list is its kernel: the step is bound by memory, and one addition is as fast as one gets.
+# Where there is no kernel of ours torch's loops over the list serve: a step is bound by memory, and they are as fast.
 # Arguments broadcast, so that a parameter may be one zero: UPDATE(0, x, y) = -x y is all its derivatives need.
 def _update(params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate: float) -> list[Tensor]:
     if any(g.dtype in _HALVES for g in grads):
@@ -147,6 +148,17 @@ def _update(params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate
     if rates:
         return list(torch._foreach_addcmul(params, grads, rates, value=-1))
     return list(torch._foreach_add(params, grads, alpha=-rate))
+
+
+def _products(upstream: list[Tensor], grads: list[Tensor], rates: list[Tensor], scaled: bool) -> list[Tensor]:
+    """``-rates upstream``, if ``scaled``, then ``-upstream grads`` summed to the shapes of the rates."""
+    if any(u.dtype in _HALVES for u in upstream):
+        wide = _products(_floats(upstream), _floats(grads), _floats(rates), scaled)
+        return [w.to(upstream[k % len(upstream)].dtype) for k, w in enumerate(wide)]
+    zeros = [u.new_zeros(()) for u in upstream]
+    products = _update(zeros, upstream, grads, 0.0)
+    sums = [_sum_to(p, r.shape) for p, r in zip(products, rates, strict=True)]
+    return [*_update(zeros, upstream, rates, 0.0), *sums] if scaled else sums
 
 
 def _floats(values: list[Tensor]) -> list[Tensor]:
@@ -166,28 +178,44 @@ def _sum_to(value: Tensor, shape: Sequence[int]) -> Tensor:
     return value.sum_to_size(shape)
 
 
+def _summable(rate: Tensor, shape: torch.Size) -> bool:
+    """Whether the dimensions in which a rate is one for all of ``shape`` stand side by side."""
+    sizes = (1,) * (len(shape) - rate.dim()) + tuple(rate.shape)
+    kinds = [own == 1 for own, size in zip(sizes, shape, strict=True) if size != 1]
+    return sum(k == 0 or not kinds[k - 1] for k, one in enumerate(kinds) if one) < 2
+
+
 def _update_vjp(
     need: Any, upstream: Any, params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate: float
 ) -> Any:
     used = [k for k, u in enumerate(upstream) if u is not None]
     given = [upstream[k] for k in used]
-    zeros = [given[0].new_zeros(())] * len(used)
-    if any(u.dtype != given[0].dtype or u.device != given[0].device for u in given):
-        zeros = [u.new_zeros(()) for u in given]
     to_params: list[Any] = [None] * len(params)
     to_grads: list[Any] = [None] * len(params)
     to_rates: list[Any] = [None] * len(rates)
     for k, u in zip(used, given, strict=True):
         to_params[k] = _sum_to(u, params[k].shape)
-    if any(need[1]):
-        scaled = UPDATE(zeros, given, [rates[k] for k in used] if rates else [], rate)
-        for k, value in zip(used, scaled, strict=True):
-            to_grads[k] = _sum_to(value, grads[k].shape)
+    scaled: list[Tensor] = []
     if any(need[2]):
-        products = UPDATE(zeros, given, [grads[k] for k in used], 0.0)
-        for k, value in zip(used, products, strict=True):
+        spread = [
+            rates[k] if _summable(rates[k], u.shape) else rates[k].expand(u.shape)
+            for k, u in zip(used, given, strict=True)
+        ]
+        scaled = UPDATE_VJP(given, [grads[k] for k in used], spread, any(need[1]))
+        for k, value in zip(used, scaled[-len(used) :], strict=True):
             to_rates[k] = _sum_to(value, rates[k].shape)
+    elif any(need[1]):
+        scaled = UPDATE(_zeros(given), given, [rates[k] for k in used] if rates else [], rate)
+    if any(need[1]):
+        for k, value in zip(used, scaled, strict=False):
+            to_grads[k] = _sum_to(value, grads[k].shape)
     return to_params, to_grads, to_rates, None
+
+
+def _zeros(values: Sequence[Tensor]) -> list[Tensor]:
+    """A zero like each of ``values``, the same one for those of a kind."""
+    of_kind: dict[Any, Tensor] = {}
+    return [of_kind.setdefault((v.dtype, v.device), v.new_zeros(())) for v in values]
 
 
 def _update_jvp(
@@ -196,6 +224,58 @@ def _update_jvp(
     to_params, to_grads, to_rates, _ = tangents
     out = UPDATE(to_params, to_grads, rates, rate)
     return tuple(UPDATE(out, grads, to_rates, 0.0) if rates else out)
+
+
+def _products_vjp(
+    need: Any, upstream: Any, values: list[Tensor], grads: list[Tensor], rates: list[Tensor], scaled: bool
+) -> Any:
+    """The derivative of ``(-rates values, -sum values grads)`` is made of the same products."""
+    count = len(values)
+    zeros = _zeros(values)
+    to_scaled = upstream[:count] if scaled else [None] * count
+    of_scaled = [
+        z.expand(v.shape) if u is None else u for u, z, v in zip(to_scaled, zeros, values, strict=True)
+    ]
+    of_sums = [
+        r.new_zeros(()).expand(r.shape) if u is None else u
+        for u, r in zip(upstream[-count:], rates, strict=True)
+    ]
+    to_values = UPDATE(UPDATE(zeros, of_scaled, rates, 0.0), grads, of_sums, 0.0)
+    out = UPDATE_VJP(values, of_scaled, of_sums, True)
+    to_grads = [_sum_to(value, g.shape) for value, g in zip(out[:count], grads, strict=True)]
+    return to_values, to_grads, out[count:], None
+
+
+def _products_jvp(
+    tangents: Any, values: list[Tensor], grads: list[Tensor], rates: list[Tensor], scaled: bool
+) -> Any:
+    to_values, to_grads, to_rates, _ = tangents
+    first = UPDATE_VJP(to_values, grads, rates, scaled)
+    second = UPDATE_VJP(values, to_grads, to_rates, scaled)
+    return tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+def _fold_products(info: Any, in_dims: Any, *args: Any) -> Any:
+    """A mapped dimension stands in front of every tensor but those of ``grads`` that have none."""
+    values, grads, rates, scaled = args
+    size = info.batch_size
+
+    def lead(value: Tensor, dim: int | None, rank: int) -> Tensor:
+        value = value.unsqueeze(0).expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.reshape(size, *(1,) * (rank + 1 - value.dim()), *value.shape[1:])
+
+    folded: list[list[Tensor]] = [[], [], []]
+    for k, value in enumerate(values):
+        rank = value.dim() - (in_dims[0][k] is not None)
+        folded[0].append(lead(value, in_dims[0][k], rank))
+        folded[1].append(grads[k] if in_dims[1][k] is None else lead(grads[k], in_dims[1][k], rank))
+        folded[2].append(lead(rates[k], in_dims[2][k], rank))
+    out = UPDATE_VJP(*folded, scaled)
+    for k, rate in enumerate(rates):
+        at = k - len(rates)
+        own = rate.shape if in_dims[2][k] is None else rate.movedim(in_dims[2][k], 0).shape[1:]
+        out[at] = out[at].reshape(size, *own)
+    return out, [0] * len(out)
 
 
 def _fold(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -221,9 +301,19 @@ def _fold(info: Any, in_dims: Any, *args: Any) -> Any:
 LIBRARY.impl(UPDATE, _update, "CompositeExplicitAutograd")
 differentiable(UPDATE, vjp=_update_vjp, jvp=_update_jvp)
 register_rule(UPDATE, _fold)
+LIBRARY.impl(UPDATE_VJP, _products, "CompositeExplicitAutograd")
+differentiable(UPDATE_VJP, vjp=_products_vjp, jvp=_products_jvp)
+register_rule(UPDATE_VJP, _fold_products)
 
 
 @torch.library.register_fake(UPDATE)
 def _(params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate: float) -> list[Tensor]:
     sums = [p + g for p, g in zip(params, grads, strict=True)]
     return [s + r for s, r in zip(sums, rates, strict=True)] if rates else sums
+
+
+@torch.library.register_fake(UPDATE_VJP)
+def _(upstream: list[Tensor], grads: list[Tensor], rates: list[Tensor], scaled: bool) -> list[Tensor]:
+    sums = [torch.empty_like(r, memory_format=torch.contiguous_format) for r in rates]
+    wide = [torch.empty_like(u, memory_format=torch.contiguous_format) for u in upstream]
+    return [*wide, *sums] if scaled else sums

@@ -347,3 +347,42 @@ def adapted_mlp(
         first_order=first_order,
     )
     return mlp(query, *adapted, activation)
+
+
+def norm_relu_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    pool: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [..., n, C, H, W]`` normalised per channel, by the statistics of its n images or by given ones ``[..., C]``.
+
+    Then ReLU and the largest of every 2 x 2 pixels. Half inputs are computed with in float32.
+    """
+
+    def of_pixels(values: Tensor) -> Tensor:
+        return values[..., None, :, None, None]
+
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    if mean is None or var is None:
+        mean = wide.mean((-4, -2, -1))
+        var = (wide - of_pixels(mean)).square().mean((-4, -2, -1))
+    y = (wide - of_pixels(mean)) * of_pixels((var + eps).rsqrt() * weight) + of_pixels(bias)
+    of_tasks = (*y.shape[:-4], y.shape[-3])
+    if relu:
+        y = y.relu()
+    if pool:
+        y = windows(y).max(-1).values
+    return y.to(x.dtype), mean.expand(of_tasks), var.expand(of_tasks)
+
+
+def windows(x: Tensor) -> Tensor:
+    """The 2 x 2 windows of ``x [..., H, W]``, row by row: ``[..., H // 2, W // 2, 4]``; odd sizes are cut."""
+    height, width = x.shape[-2] // 2, x.shape[-1] // 2
+    x = x.narrow(-2, 0, 2 * height).narrow(-1, 0, 2 * width).reshape(*x.shape[:-2], height, 2, width, 2)
+    return x.transpose(-3, -2).reshape(*x.shape[:-4], height, width, 4)

@@ -372,6 +372,31 @@ def _adapted(
     )
 
 
+def _norm(name: str, x: Input, per_task: bool, given: bool = False, **options: Any) -> Case:
+    """The statistics are results in the dtype of the inputs, if they are results."""
+    inputs = {"x": x, "weight": Input("d", per_task=per_task), "bias": Input("d", per_task=per_task)}
+    if given:
+        inputs |= {"mean": Input("d"), "std": Input("d", per_task=per_task)}
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(*values: Any) -> Any:
+            own = list(values[:-1])
+            if given:
+                own[4] = own[4].square() + 0.5
+            y, *statistics = function(*own, **options)
+            return y if given else (y, *(s.to(y.dtype) for s in statistics))
+
+        return of
+
+    return Case(
+        f"norm_relu_pool-{name}",
+        call(metafast.norm_relu_pool),
+        call(reference.norm_relu_pool),
+        inputs,
+        kernels_only=False,
+    )
+
+
 def _fan(x: Tensor) -> float:
     return 1 / (1 + x.shape[-1])
 
@@ -526,6 +551,9 @@ CASES = (
         scale=Input("", "positive", per_task=False),
         offset=Input(""),
     ),
+    _norm("batch", Input("2 d 2 3"), per_task=False),
+    _norm("batch-no_pool", Input("3 d 1 2"), per_task=True, pool=False),
+    _norm("given-no_relu", Input("1 d 2 5"), per_task=True, given=True, relu=False),
     _update("number", {}, 0.3),
     _update("shared", {"lr": Input("", "positive", per_task=False)}),
     _update("layers", {k: Input("", "positive", per_task=False) for k in ("weight_lr", "bias_lr")}),

@@ -17,6 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import metafast
 from metafast import inner_update, linear_head, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
+from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 from tests.cases import (
     CASES,
     ODD,
@@ -46,6 +47,9 @@ OPERATORS = (
     ridge.RIDGE_VJP,
     mlp.LOOP,
     mlp.LOOP_VJP,
+    NORM,
+    NORM_VJP,
+    NORM_VJP_VJP,
 )
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -196,12 +200,14 @@ def test_each_warns_once() -> None:
 import warnings, torch, metafast
 from metafast import linear_head, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
+from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 
 bare = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 x, labels = torch.zeros(1, 2, 3), torch.tensor([[0, 1]])
 loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
 one = torch.ones(1)
+maps, of, y = torch.zeros(1, 1, 3, 2, 2), torch.ones(1, 3), torch.zeros(1, 1, 3, 1, 1)
 net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False, False
 calls = {
     DISTANCE: (x, x, 0),
@@ -219,6 +225,9 @@ calls = {
     ridge.RIDGE_VJP: (square, x, labels, x, one, None, 1.0, 1.0, x, square, square),
     mlp.LOOP: (x, x, x, *net),
     mlp.LOOP_VJP: (x, None, x, x, x, *net, x, True),
+    NORM: (maps, of, of, None, None, 1e-5, True, True),
+    NORM_VJP: (y, None, None, maps, of, of, of, of, y.byte(), False, 1e-5, True, True),
+    NORM_VJP_VJP: (maps, of, of, None, None, y, None, None, maps, of, of, of, of, y.byte(), False, 1e-5, True, True),
 }
 warnings.simplefilter("always")
 for op, arguments in calls.items():

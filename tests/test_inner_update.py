@@ -77,6 +77,62 @@ def test_shared_parameters_become_every_tasks_own() -> None:
     assert gradcheck(run(sgd_update), leaves, check_forward_ad=True, check_batched_grad=True)
 
 
+# A rate may have any shape that broadcasts: its gradient sums over what it has not.
+SHAPES = {
+    "elements": [(4, 3, 5), (3, 5)],
+    "rows": [(4, 3, 5), (4, 3, 1)],
+    "tasks": [(4, 3, 5), (4, 1, 1)],
+    "middle": [(4, 3, 5), (4, 1, 5)],
+    "apart": [(4, 3, 5), (3, 1)],
+    "number": [(4, 3, 5), ()],
+    "whole": [(4, 3, 5), (4, 3, 5)],
+    "ones": [(1, 1, 1), (1,)],
+    "ones among": [(1, 3, 1, 5), (5,)],
+    "no task": [(0, 3), (3,)],
+    "no element": [(4, 0), (0,)],
+    "no row": [(3, 0), (3, 1)],
+    "many tasks": [(150, 7), (7,)],
+    "long rows": [(3, 40000), (3, 1)],
+    "long columns": [(5, 40000), (40000,)],
+}
+
+
+@pytest.mark.parametrize("grad", ["whole", "shared"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rates_of_any_shape(shape: str, grad: str) -> None:
+    """Values and gradients of first and second order are those of plain torch."""
+    own, of_rate = SHAPES[shape]
+    values = [rows(*own), rows(*(own if grad == "whole" else own[1:])), rows(*of_rate)]
+    found = []
+    for function in (sgd_update, reference.sgd_update):
+        leaves = [v.clone().requires_grad_() for v in values]
+        param, slope, rate = leaves
+        (out,) = function([param], [slope], [rate])
+        upstream = (torch.arange(out.numel()).double().view(out.shape) + 1).cos().requires_grad_()
+        first = torch.autograd.grad(out, leaves, upstream, create_graph=True)
+        weighted = sum((g * (g.detach() + k).sin()).sum() for k, g in enumerate(first))
+        second = torch.autograd.grad(weighted, [*leaves, upstream], allow_unused=True, materialize_grads=True)
+        found.append([out, *first, *second])
+    assert_same(*found, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_results_that_go_past_the_caches(dtype: torch.dtype, offset: int) -> None:
+    """Large results, whose rows begin at whole lines and within one."""
+    shapes = [(7, 300_001), (33, 4096), (5,)]
+    params, slopes = ([torch.randn(s, dtype=dtype) for s in shapes] for _ in range(2))
+    rates = [torch.rand(s[-1] + offset, dtype=dtype)[offset:].requires_grad_() for s in shapes]
+    grads = [g.requires_grad_() for g in slopes]
+    out = sgd_update(params, grads, rates)
+    found = torch.autograd.grad(out, [*grads, *rates], params)
+    for k, (p, g, r) in enumerate(zip(params, grads, rates, strict=True)):
+        torch.testing.assert_close(out[k], p - r * g)
+        torch.testing.assert_close(found[k], -r * p)
+        expected = -(p.double() * g.double()).sum_to_size(r.shape).to(dtype)
+        torch.testing.assert_close(found[len(shapes) + k], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [32767, 32768, 40000])
 def test_the_rates_gradient_does_not_depend_on_the_threads(size: int) -> None:
     """Sums of any length, padded or not, with the same bits for every number of threads."""

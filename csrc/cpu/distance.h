@@ -13,14 +13,18 @@
 namespace metafast {
 
 // A tensor of the dtype and device of `like`, not initialized. torch::stable::new_empty looks its operator up by name.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim) {
   AtenTensorHandle out;
   // The name of torch's macro for this check changed after 2.11.
-  if (aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), nullptr, nullptr,
-                                nullptr, 0, nullptr, &out) != AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_aten_new_empty(like.get(), sizes, dim, nullptr, nullptr, nullptr, 0, nullptr, &out) !=
+      AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("torch could not allocate a result; its message stands on stderr");
   }
   return Tensor(out);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
 // Working memory from the start of a cache line on: a vector that crosses one costs twice.

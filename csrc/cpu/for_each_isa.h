@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/isa.h"
 #include "cpu/terms.h"

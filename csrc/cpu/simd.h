@@ -70,6 +70,32 @@ METAFAST_HOST_DEVICE void store_part(S* to, vector_t<accumulate_t<S>> value, int
   for (int64_t k = 0; k < count; ++k) to[k] = static_cast<S>(value[k]);
 }
 
+// Stores that go past the caches, where the machine has them: for results larger than those are. `to` is a multiple of the
+// vector's size.
+#if defined(__x86_64__)
+template <class S>
+constexpr bool kStreams = sizeof(S) >= 4;
+
+METAFAST_HOST_DEVICE void stream_past_caches(float* to, vector_t<float> value) {
+#if METAFAST_VECTOR_BYTES == 64
+  _mm512_stream_ps(to, (__m512)value);
+#elif METAFAST_VECTOR_BYTES == 32
+  _mm256_stream_ps(to, (__m256)value);
+#else
+  _mm_stream_ps(to, (__m128)value);
+#endif
+}
+
+METAFAST_HOST_DEVICE void stream_past_caches(double* to, vector_t<double> value) {
+  stream_past_caches(reinterpret_cast<float*>(to), (vector_t<float>)value);
+}
+
+METAFAST_HOST_DEVICE void end_of_stream() { _mm_sfence(); }
+#else
+template <class S>
+constexpr bool kStreams = false;
+#endif
+
 template <class A, int64_t... I>
 METAFAST_HOST_DEVICE vector_t<A> shuffle(vector_t<A> a, vector_t<A> b) {
 #if defined(__clang__)

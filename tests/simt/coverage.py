@@ -25,6 +25,7 @@ TESTS = (
     "tests/test_linear_head.py",
     "tests/test_mlp.py",
     "tests/test_ridge.py",
+    "tests/test_conv_block.py",
 )
 #: Not those that only repeat what others reach: in more orders, at more points, with every combination of options.
 SELECTION = "not emulated-reverse and not emulated-random and not FiniteDifferences and not test_every_option"

@@ -1,0 +1,29 @@
+// Sizes of the first convolutional block, and what its pooling may keep.
+#pragma once
+
+#include <cstdint>
+
+#include "math/host_device.h"
+#include "math/rows.h"
+
+namespace metafast {
+
+// What a pooled pixel is: a place in its window, row by row, or nothing where ReLU left nothing.
+constexpr int kWindow = 4, kNothing = 4;
+
+// A 3 x 3 convolution with a border of zeros, and 2 x 2 windows of its outputs.
+struct BlockShape {
+  int64_t planes, height, width, channels;
+
+  METAFAST_HOST_DEVICE int64_t rows() const { return height / 2; }
+  METAFAST_HOST_DEVICE int64_t columns() const { return width / 2; }
+  METAFAST_HOST_DEVICE int64_t patch() const { return 9 * planes; }
+  int64_t lanes() const { return padded(channels); }
+  METAFAST_HOST_DEVICE int64_t pixels() const { return planes * height * width; }
+  METAFAST_HOST_DEVICE int64_t results() const { return rows() * columns() * channels; }
+  // An image with its border.
+  METAFAST_HOST_DEVICE int64_t stride() const { return width + 2; }
+  METAFAST_HOST_DEVICE int64_t plane() const { return (height + 2) * stride(); }
+};
+
+}  // namespace metafast
