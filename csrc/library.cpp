@@ -74,12 +74,12 @@ STABLE_TORCH_LIBRARY(metafast, m) {
   // outputs [T, m, out]; without a query the packed adapted parameters [T, P]; what the vjp wants to know.
   m.def(
       "mlp_loop(Tensor inputs, Tensor targets, Tensor? query, Tensor[] weights, Tensor[] biases, Tensor[] rates, "
-      "float rate, int steps, int activation, int loss, bool first_order) -> (Tensor, Tensor, Tensor)");
+      "float rate, int steps, int activation, int loss, bool first_order, bool factored) -> (Tensor, Tensor, Tensor)");
   // Gradients of inputs, targets and query (empty unless `data`), weights, biases and rates.
   m.def(
       "mlp_loop_vjp(Tensor? grad_outputs, Tensor? grad_parameters, Tensor inputs, Tensor targets, Tensor? query, "
       "Tensor[] weights, Tensor[] biases, Tensor[] rates, float rate, int steps, int activation, int loss, "
-      "bool first_order, Tensor tape, bool data) -> Tensor[]");
+      "bool first_order, bool factored, Tensor tape, bool data) -> Tensor[]");
 
   // x [T, n, planes, H, W] convolved with weight [G, C, 9 planes] and bias [G, C], float32 or float64, under a border of
   // zeros; ReLU and 2 x 2 max-pooling -> [T, n, H / 2, W / 2, C], and what each result was: a place in its window, or 4

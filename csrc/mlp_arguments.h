@@ -23,6 +23,7 @@ struct MlpArguments {
   const Tensors& rates;
   int64_t steps;
   bool first_order;
+  bool factored;
   Activation activation{};
   InnerLoss loss{};
   int64_t tasks = 0;
@@ -36,7 +37,7 @@ struct MlpArguments {
 
   MlpArguments(const Tensor& inputs_, const Tensor& targets_, const std::optional<Tensor>& query_,
                const Tensors& weights_, const Tensors& biases_, const Tensors& rates_, int64_t steps_,
-               int64_t activation_, int64_t loss_, bool first_order_)
+               int64_t activation_, int64_t loss_, bool first_order_, bool factored_)
       : inputs(inputs_),
         targets(targets_),
         query(query_),
@@ -44,7 +45,8 @@ struct MlpArguments {
         biases(biases_),
         rates(rates_),
         steps(steps_),
-        first_order(first_order_) {
+        first_order(first_order_),
+        factored(factored_) {
     check_dim(inputs, "inputs", 3, "[T, n, in]");
     tasks = inputs.size(0), rows = inputs.size(1);
     if (layers() == 0 || biases.size() != weights.size()) fail("weights: expected at least one, and a bias for each");
@@ -62,7 +64,7 @@ struct MlpArguments {
       check_parameter(weights[l], "weights", groups, shared, {out, in});
       check_parameter(biases[l], "biases", groups, shared, {out});
       width.push_back(out);
-      parameters += (l == 0 ? in * padded(out) : out * padded(in)) + padded(out);
+      if (l > 0 || !factored) parameters += (l == 0 ? in * padded(out) : out * padded(in)) + padded(out);
       columns += padded(out);
       packed += out * (in + 1);
     }
@@ -82,6 +84,7 @@ struct MlpArguments {
     }
     check_rates();
     tape = steps * (2 * rows * columns + parameters) + query_rows * columns;
+    if (factored) tape += (rows + query_rows) * padded(rows) + rows * padded(width[1]);
   }
   MlpArguments(const MlpArguments&) = delete;
 
@@ -153,6 +156,7 @@ struct MlpArguments {
     const bool shared = rates[0].dim() == (rate_for_each() ? 2 : 1);
     if (!shared) rate_groups = rates[0].size(0);
     check_group_count(rate_groups, "rates");
+    if (rate_for_each() && factored) fail("factored: expected False where each parameter has a rate");
     for (int64_t k = 0; k < count; ++k) {
       if (rate_for_each()) {
         const int64_t l = k % layers();

@@ -343,19 +343,20 @@ def _adapted(
     name: str,
     inputs: Mapping[str, Input],
     arguments: Callable[..., tuple[Any, Any, Any]],
-    unit_rows: bool = False,
+    rows: Callable[[Tensor], Tensor] = lambda x: x,
+    steps: int = STEPS,
+    condition: float = 4.0,
     **options: Any,
 ) -> Case:
-    """Two steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
+    """Steps of an MLP with three hidden units; ``arguments(x, *own)`` gives its weights, biases and rates.
 
     Rows, or initial weights and rates, shrink with the number of inputs, so that steps converge for any.
     """
 
     def function(module: Any) -> Callable[..., Any]:
         def of(x: Tensor, y: Tensor, query: Tensor, *rest: Any) -> Any:
-            if unit_rows:
-                x, query = x * _fan(x) ** 0.5, query * _fan(x) ** 0.5
-            return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), 2, **options)
+            x, query = rows(x), rows(query)
+            return module.adapted_mlp(x, y, query, *arguments(x, *rest[:-1]), steps, **options)
 
         return of
 
@@ -367,7 +368,7 @@ def _adapted(
         {**data, **{k: v for k, v in inputs.items() if k != "targets"}},
         kernels_only=False,
         promotes=True,
-        condition=4.0,
+        condition=condition,
     )
 
 
@@ -410,7 +411,7 @@ _MLPS = (
             "top": Input("C 3", per_task=False),
         },
         lambda x, weight, bias, top: ([weight, top], [bias, top.sum(-1)], 0.1),
-        unit_rows=True,
+        rows=lambda x: x * _fan(x) ** 0.5,
     ),
     _adapted(
         "tanh-cross_entropy-rate",
@@ -445,6 +446,25 @@ _MLPS = (
         ),
         activation="tanh",
         loss="cross_entropy",
+    ),
+    # Steps and inputs enough that nearly all sizes make the first layer's steps on products of rows.
+    _adapted(
+        "tanh-mse-many",
+        {
+            "targets": Input("n C"),
+            "weight": Input("3 d", per_task=False),
+            "top": Input("C 3", per_task=False),
+            "rate": Input("", "positive", per_task=False),
+        },
+        lambda x, weight, top, rate: (
+            [torch.cat([weight, -0.5 * weight, weight.cos()], -1) * _fan(x) ** 0.5, top],
+            [top.sum(0), top.sum(-1)],
+            [rate * _fan(x), 0.1],
+        ),
+        rows=lambda x: torch.cat([x, -x, x.flip(-1)], -1),
+        steps=4,
+        condition=8.0,
+        activation="tanh",
     ),
 )
 

@@ -279,12 +279,18 @@ class TestAutograd:
         assert_same(*results)
 
     @pytest.mark.parametrize(
-        "case", [c for c in CASES if c.name not in ("prototypes", "adapted_mlp-relu-mse")], ids=str
+        "case",
+        [
+            c
+            for c in CASES
+            if c.name not in ("prototypes", "adapted_mlp-relu-mse", "adapted_mlp-tanh-mse-many")
+        ],
+        ids=str,
     )
     def test_inputs_are_guarded(self, case: Case, device: torch.device) -> None:
         """An input changed in place before backward is an error, not a wrong gradient.
 
-        Linear prototypes save none, and the other case hands a scaled copy of its first input on.
+        Linear prototypes save none, and the other cases hand a copy of its first input on.
         """
         inputs = [t.clone() for t in case.make((2,), SMALL, device=device, requires_grad=True)]
         out = outputs(case.function(*inputs, C))

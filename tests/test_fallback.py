@@ -208,7 +208,7 @@ loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
 one = torch.ones(1)
 maps, of, y = torch.zeros(1, 1, 3, 2, 2), torch.ones(1, 3), torch.zeros(1, 1, 3, 1, 1)
-net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False
+net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False, False
 calls = {
     DISTANCE: (x, x, 0),
     DISTANCE_VJP: (square, x, x, 0),

@@ -87,14 +87,23 @@ def assert_equal_derivatives(functions: Sequence[Callable[[], Any]], leaves: Seq
 
 
 @pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
-@pytest.mark.parametrize("lead", [(), (T,)], ids=["shared", "per task"])
+@pytest.mark.parametrize(
+    ("d", "lead"), [(4, ()), (4, (T,)), (40, ())], ids=["shared", "per task", "shared, many inputs"]
+)
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("loss", mlp.LOSSES)
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
 def test_rates(
-    activation: str, loss: str, rates: str, lead: tuple[int, ...], first_order: bool, device: torch.device
+    d: int,
+    activation: str,
+    loss: str,
+    rates: str,
+    lead: tuple[int, ...],
+    first_order: bool,
+    device: torch.device,
 ) -> None:
-    widths = NETS[1]
+    """With few inputs by the explicit weight of the first layer, with many on products of rows."""
+    widths = (d, *NETS[1][1:])
     inputs, targets, query = data(widths, loss)
     weights, biases = net(widths, lead)
     lr = RATES[rates](weights, biases)
@@ -130,6 +139,75 @@ def test_widths(widths: tuple[int, ...], steps: int, kernels: torch.device) -> N
         ],
         [inputs, targets, query, *weights, *biases],
     )
+
+
+#: Widths, support rows, query rows and steps with products of rows; no step, no row, no input, no output.
+FACTORED = (
+    ((30, 7, 5, 3), 5, 7, 3),
+    ((19, 18), 17, 3, 4),
+    ((530, 33, 2), 3, 20, 2),
+    ((1, 1), 1, 1, 1),
+    ((9, 5, 2), 4, 0, 2),
+    ((9, 5, 2), 0, 4, 2),
+    ((9, 5, 2), 3, 2, 0),
+    ((0, 5, 2), 3, 2, 2),
+)
+
+
+@pytest.mark.parametrize("with_query", [True, False])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("groups", [0, 1, 2, 6])
+@pytest.mark.parametrize("shape", FACTORED, ids=str)
+def test_products_of_rows_are_the_explicit_weight(
+    shape: tuple[tuple[int, ...], int, int, int],
+    groups: int,
+    first_order: bool,
+    with_query: bool,
+    kernels: torch.device,
+) -> None:
+    """All results of both operators; groups: of parameters and rates, of which 0 is none."""
+    widths, n, m, steps = shape
+    lead = (groups,) if groups else ()
+    inputs, query = (torch.randn(6, rows, widths[0], **DOUBLE) / (1 + widths[0]) ** 0.5 for rows in (n, m))
+    targets = torch.rand(6, n, widths[-1], **DOUBLE)
+    weights, biases = ([t.detach() for t in ts] for ts in net([max(w, 1) for w in widths], lead))
+    weights[0] = weights[0][..., : widths[0]]
+    rates = [some(*lead, k % 2 * steps or 1).detach() for k in range(len(weights))]
+    results = []
+    for factored in (True, False):
+        arguments = (inputs, targets, query if with_query else None, weights, biases, rates, 0.0, steps)
+        options = (1, int(groups > 1), first_order, factored)
+        outputs, parameters, tape = mlp.LOOP(*arguments, *options)
+        upstream = (outputs.cos(), None) if with_query else (None, parameters.cos())
+        found = [outputs, parameters]
+        for up in (upstream, (None, None)):
+            for wanted in (True, False):
+                found += mlp.LOOP_VJP(*up, *arguments, *options, tape, wanted)
+        results.append(found)
+    for actual, expected in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        if expected.numel():
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("widths", "rows", "queries", "steps", "expected"),
+    [
+        ((784, 256, 128, 64, 64, 5), 5, 75, 1, True),
+        ((784, 256, 128, 64, 64, 5), 25, 75, 5, True),
+        ((784, 256, 128, 64, 64, 5), 5, 75, 0, False),
+        ((1, 40, 40, 1), 10, 10, 1, False),
+        ((1, 40, 40, 1), 10, 10, 10, False),
+    ],
+)
+def test_where_products_of_rows_pay(
+    widths: tuple[int, ...], rows: int, queries: int, steps: int, expected: bool
+) -> None:
+    """On a net for pictures, not on one for a curve, and never where each parameter has its own rate."""
+    inputs, query = torch.empty(2, rows, widths[0]), torch.empty(2, queries, widths[0])
+    weights = net(widths)[0]
+    assert mlp._pays_factored(inputs, query, weights, [], steps) == expected
+    assert not mlp._pays_factored(inputs, query, weights, [*weights, *weights], steps)
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (1,), (0,)], ids=str)
@@ -193,7 +271,7 @@ def test_groups_of_the_operator(device: torch.device) -> None:
     rates = [some(3, 2)]
 
     def run(weights: Any, biases: Any, rates: Any) -> Tensor:
-        return mlp.LOOP(inputs, targets, query, weights, biases, rates, 0.0, 2, 1, 0, False)[0]
+        return mlp.LOOP(inputs, targets, query, weights, biases, rates, 0.0, 2, 1, 0, False, False)[0]
 
     leaves = [*weights, *biases, *rates]
     actual = run(weights, biases, rates)
@@ -214,11 +292,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("d", [3, 150])
 @pytest.mark.parametrize("rates", ["number", "steps", "parameters"])
 def test_same_bits_for_any_number_of_threads(
-    rates: str, threads: Callable[[int], None], kernels: torch.device
+    rates: str, d: int, threads: Callable[[int], None], kernels: torch.device
 ) -> None:
-    widths = (3, 40, 29, 2)
+    widths = (d, 40, 29, 2)
     inputs, targets, query = (t.detach().float() for t in data(widths, lead=(9,)))
     weights, biases = net(widths)
     lr = RATES[rates](weights, biases)
@@ -303,7 +382,7 @@ def test_bad_label_spoils_every_result(
 
     def run(labels: Tensor) -> list[Tensor]:
         arguments = (inputs, labels, query if with_query else None, weights, biases, rates)
-        options = (0.0, steps, 0, 0, first_order)
+        options = (0.0, steps, 0, 0, first_order, False)
         outputs, parameters, tape = mlp.LOOP(*arguments, *options)
         upstream = (outputs.cos(), None) if with_query else (None, parameters.cos())
         found = [outputs, parameters, *mlp.LOOP_VJP(*upstream, *arguments, *options, tape, True)]
@@ -405,6 +484,7 @@ def test_opcheck(with_query: bool, rates: str, hardware: torch.device) -> None:
         1,
         0,
         False,
+        rates == "steps",
     )
     tests = ("test_schema", "test_faketensor", *(("test_aot_dispatch_dynamic",) if rates == "steps" else ()))
     torch.library.opcheck(mlp.LOOP, arguments, test_utils=tests)

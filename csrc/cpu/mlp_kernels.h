@@ -32,13 +32,13 @@ struct Factor {
 };
 
 // What becomes of a sum of products S.
-enum class Finish { set, add_row, subtract, step, step_each };
+enum class Finish { set, add_row, add, subtract, step, step_each };
 
 template <class A>
 struct Target {
   A* to;
   int64_t stride;
-  const A* base;   // add_row: + base[j]; step: base - rate S
+  const A* base;   // add_row: + base[j]; add: base + S; step: base - rate S
   const A* rates;  // step_each: one for each element
   A rate;
 };
@@ -47,6 +47,7 @@ template <class A, Finish F>
 METAFAST_HOST_DEVICE void finish(const Target<A>& target, int64_t i, int64_t j, vector_t<A> value) {
   const int64_t at = i * target.stride + j;
   if constexpr (F == Finish::add_row) value = load<A>(target.base + j) + value;
+  if constexpr (F == Finish::add) value = load<A>(target.base + at) + value;
   if constexpr (F == Finish::subtract) value = load<A>(target.to + at) - value;
   if constexpr (F == Finish::step) value = load<A>(target.base + at) - target.rate * value;
   if constexpr (F == Finish::step_each) value = load<A>(target.base + at) - load<A>(target.rates + at) * value;
@@ -250,21 +251,29 @@ void zero_pads(Layer<A> layer, int64_t rows, int64_t width) {
   }
 }
 
-// All activations of `rows` rows; the last layer has none.
+// The sums of the first layer for `rows` rows x: of x W^T + b, and of the change D where their products with the support
+// rows are given.
 template <class A>
-void forward_pass(const MlpPlan& plan, const A* parameters, Matrix<A> x, A* h, int64_t rows) {
+void first_sums(const MlpPlan& plan, const A* parameters, Matrix<A> x, const A* products, const A* change, A* to,
+                int64_t rows) {
+  const int64_t stride = padded_width(plan.width[1]);
+  const Factor<A> factors[2] = {{x, parameters + plan.weight[0], stride, plan.width[0]},
+                                {{products, padded_width(plan.rows), 1}, change, stride, plan.rows}};
+  product<A, Finish::add_row>(factors, products ? 2 : 1, {to, stride, parameters + plan.bias[0], nullptr, 0}, rows,
+                              plan.width[1]);
+}
+
+// All activations of `rows` rows from the sums of the first layer in h; the last layer has none.
+template <class A>
+void forward_pass(const MlpPlan& plan, const A* parameters, A* h, int64_t rows) {
   for (int64_t l = 0; l < plan.layers; ++l) {
     const int64_t in = plan.width[l], out = plan.width[l + 1];
     const Layer<A> to = layer_of(plan, h, rows, l);
-    const A* weight = parameters + plan.weight[l];
-    const Target<A> target{to.data, to.stride, parameters + plan.bias[l], nullptr, 0};
-    if (l == 0) {
-      const Factor<A> factor{x, weight, to.stride, in};
-      product<A, Finish::add_row>(&factor, 1, target, rows, out);
-    } else {
+    if (l > 0) {
       const Layer<A> from = layer_of(plan, h, rows, l - 1);
-      const RowFactor<A> factor{from.data, from.stride, weight, padded_width(in), in};
-      row_product<A, Finish::add_row>(&factor, 1, target, rows, out);
+      const RowFactor<A> factor{from.data, from.stride, parameters + plan.weight[l], padded_width(in), in};
+      row_product<A, Finish::add_row>(&factor, 1, {to.data, to.stride, parameters + plan.bias[l], nullptr, 0}, rows,
+                                      out);
     }
     zero_pads(to, rows, out);
     if (l + 1 == plan.layers) break;
@@ -289,11 +298,11 @@ void backward_pass(const MlpPlan& plan, const A* parameters, A* h, A* delta, int
   }
 }
 
-// The gradient of every parameter, delta^T h and sum(delta), finished into a block of parameters.
+// The gradient of every explicit parameter, delta^T h and sum(delta), finished into a block of parameters.
 template <class A, Finish F>
 void outer_products(const MlpPlan& plan, Matrix<A> x, A* h, A* delta, int64_t rows, const A* base, const A* step_rates,
                     const A* block_rates, A* to) {
-  for (int64_t l = 0; l < plan.layers; ++l) {
+  for (int64_t l = plan.lowest(); l < plan.layers; ++l) {
     const int64_t in = plan.width[l], out = plan.width[l + 1];
     const Layer<A> own = layer_of(plan, delta, rows, l);
     const auto target = [&](int64_t at, int64_t stride) {
@@ -381,16 +390,47 @@ void loss_delta_tangent(const MlpPlan& plan, const MlpTask<A>& task, Layer<A> a,
   zero_pads(out, n, C);
 }
 
+// The products of `rows` rows x with the support rows, whose columns lie in `turned`; the row of ones behind them is added.
+template <class A>
+void products_with_rows(const MlpPlan& plan, Matrix<A> x, const A* turned, A* to, int64_t rows) {
+  const int64_t stride = padded_width(plan.rows), in = plan.width[0];
+  const Factor<A> factor{x, turned, stride, in};
+  product<A, Finish::add_row>(&factor, 1, {to, stride, turned + in * stride, nullptr, 0}, rows, plan.rows);
+}
+
 // K steps, then the outputs of the query rows; everything is left on the tape.
 template <class A>
-void mlp_adapt(const MlpPlan& plan, const MlpTask<A>& task) {
-  const int64_t n = plan.rows, block = n * plan.columns;
+void mlp_adapt(const MlpPlan& plan, const MlpTask<A>& task, A* scratch) {
+  const int64_t n = plan.rows, m = plan.query_rows, block = n * plan.columns;
+  const int64_t stride = padded_width(plan.width[1]);
   const A* parameters = task.initial;
+  A* const products = plan.factored ? task.tape + plan.products() : nullptr;
+  A* const of_query = plan.factored ? products + n * padded_width(n) : nullptr;
+  A* const change = task.tape + plan.change();
+  A* const sums = scratch;
+  if (plan.factored) {
+    A* const turned = sums + n * stride;
+    const int64_t in = plan.width[0], height = padded_width(n);
+    for (int64_t k = 0; k < in; ++k) {
+      for (int64_t i = 0; i < n; ++i) turned[k * height + i] = task.inputs.at(i, k);
+      for (int64_t i = n; i < height; ++i) turned[k * height + i] = 0;
+    }
+    for (int64_t i = 0; i < height; ++i) turned[in * height + i] = 1;
+    products_with_rows(plan, task.inputs, turned, products, n);
+    products_with_rows(plan, task.query, turned, of_query, m);
+    first_sums<A>(plan, task.initial, task.inputs, nullptr, nullptr, sums, n);
+    for (int64_t k = 0; k < n * stride; ++k) change[k] = 0;
+  }
   for (int64_t t = 0; t < plan.steps; ++t) {
     A* h = task.tape + t * plan.step();
     A* delta = h + block;
     A* next = delta + block;
-    forward_pass(plan, parameters, task.inputs, h, n);
+    if (plan.factored) {
+      for (int64_t k = 0; k < n * stride; ++k) h[k] = sums[k];
+    } else {
+      first_sums<A>(plan, parameters, task.inputs, nullptr, nullptr, h, n);
+    }
+    forward_pass(plan, parameters, h, n);
     loss_delta(plan, task, layer_of(plan, h, n, plan.layers - 1), layer_of(plan, delta, n, plan.layers - 1));
     backward_pass(plan, parameters, h, delta, n);
     if (task.block_rates) {
@@ -399,9 +439,40 @@ void mlp_adapt(const MlpPlan& plan, const MlpTask<A>& task) {
       outer_products<A, Finish::step>(plan, task.inputs, h, delta, n, parameters, task.step_rates + t * plan.layers,
                                       nullptr, next);
     }
+    if (plan.factored) {
+      const A rate = task.step_rates[t * plan.layers];
+      const Factor<A> factor{{products, padded_width(n), 1}, delta, stride, n};
+      product<A, Finish::step>(&factor, 1, {sums, stride, sums, nullptr, rate}, n, plan.width[1]);
+      for (int64_t k = 0; k < n * stride; ++k) change[k] -= rate * delta[k];
+    }
     parameters = next;
   }
-  forward_pass(plan, parameters, task.query, task.tape + plan.steps * plan.step(), plan.query_rows);
+  A* const h = task.tape + plan.steps * plan.step();
+  first_sums(plan, plan.factored ? task.initial : parameters, task.query, of_query, change, h, m);
+  forward_pass(plan, parameters, h, m);
+}
+
+// The weight of the first layer after all steps, then its bias.
+template <class A>
+void mlp_first_layer(const MlpPlan& plan, const MlpTask<A>& task, A* to) {
+  const int64_t stride = padded_width(plan.width[1]), in = plan.width[0], out = plan.width[1];
+  const A* const initial = task.initial + plan.weight[0];
+  A* const change = task.tape + plan.change();
+  const Factor<A> factor{transposed(task.inputs), change, stride, plan.rows};
+  product<A, Finish::add>(&factor, 1, {to, stride, initial, nullptr, 0}, in, out);
+  column_sums<A, Finish::add>({change, stride}, plan.rows, {to + in * stride, 0, initial + in * stride, nullptr, 0},
+                              out);
+}
+
+// Adds to rows [begin, end) of `to`, [in, out], those of the gradient of the first layer: L + R^T X.
+template <class A>
+void mlp_first_gradient(const MlpPlan& plan, const MlpTask<A>& task, const A* factors, int64_t begin, int64_t end,
+                        A* to) {
+  const int64_t stride = padded_width(plan.width[1]), m = plan.query_rows;
+  const auto columns = [&](Matrix<A> x) { return Matrix<A>{x.data + begin * x.column, x.column, x.row}; };
+  const Factor<A> terms[2] = {{columns(task.query), factors, stride, m},
+                              {columns(task.inputs), factors + m * stride, stride, plan.rows}};
+  product<A, Finish::add>(terms, 2, {to, stride, to, nullptr, 0}, end - begin, plan.width[1]);
 }
 
 // lam o g for the gradient of the rates, g = the gradient that a step has followed.
@@ -410,10 +481,10 @@ void rate_gradients(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradie
                     A* delta, A* g) {
   outer_products<A, Finish::set>(plan, task.inputs, h, delta, plan.rows, nullptr, nullptr, nullptr, g);
   if (grads.block_rates) {
-    for (int64_t k = 0; k < plan.parameters; ++k) grads.block_rates[k] -= grads.parameters[k] * g[k];
+    for (int64_t k = 0; k < plan.stepped; ++k) grads.block_rates[k] -= grads.parameters[k] * g[k];
     return;
   }
-  for (int64_t l = 0; l < plan.layers; ++l) {
+  for (int64_t l = plan.lowest(); l < plan.layers; ++l) {
     const int64_t in = plan.width[l], out = plan.width[l + 1];
     const int64_t rows = l == 0 ? in : out, columns = l == 0 ? out : in, stride = padded_width(columns);
     vector_t<A> total = {};
@@ -428,19 +499,117 @@ void rate_gradients(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradie
   }
 }
 
+// The first layer in the reverse sweep where it is factored.
+template <class A>
+struct FirstLayer {
+  const MlpPlan& plan;
+  const MlpTask<A>& task;
+  const MlpGradients<A>& grads;
+  int64_t stride, height;  // of rows of the layer, and of products with rows
+  A* R;                    // [n, stride]
+  A* Z;                    // [n, stride]: X lam^T, and lam of the bias
+  A* scaled;               // [n, stride]: the rate times delta
+  A* S;                    // [n, height]: X's gradient has a part S X
+  A* C;                    // [m, height]: and another C^T Q
+  A* turned;               // [in, height]
+  A* block;                // [in + 1, stride]
+
+  FirstLayer(const MlpPlan& plan_, const MlpTask<A>& task_, const MlpGradients<A>& grads_, A* scratch)
+      : plan(plan_), task(task_), grads(grads_), stride(padded_width(plan.width[1])), height(padded_width(plan.rows)) {
+    const int64_t n = plan.rows, m = plan.query_rows;
+    R = grads.factors + m * stride;
+    Z = scratch;
+    scaled = Z + n * stride;
+    S = scaled + n * stride;
+    C = S + n * height;
+    turned = C + m * height;
+    block = turned + plan.width[0] * height;
+  }
+
+  const A* products() const { return task.tape + plan.products(); }
+  A* change() const { return task.tape + plan.change(); }
+
+  // The weight after all steps.
+  const A* adapted() const {
+    mlp_first_layer(plan, task, block);
+    return block;
+  }
+
+  void begin() const {
+    const int64_t n = plan.rows, m = plan.query_rows, in = plan.width[0], out = plan.width[1];
+    const Target<A> target{Z, stride, grads.first ? grads.first + in * stride : nullptr, nullptr, 0};
+    if (grads.first) {
+      const Factor<A> factor{task.inputs, grads.first, stride, in};
+      product<A, Finish::add_row>(&factor, 1, target, n, out);
+    } else {
+      const Factor<A> factor{transposed(Matrix<A>{products() + n * height, height, 1}), grads.factors, stride, m};
+      product<A, Finish::set>(&factor, 1, target, n, out);
+    }
+    for (int64_t k = 0; k < n * stride; ++k) R[k] = 0;
+    for (int64_t k = 0; k < n * height; ++k) S[k] = 0;
+  }
+
+  // The gradient that a step has followed, along lam.
+  A along(const A* delta) const {
+    vector_t<A> total = {};
+    for (int64_t k = 0; k < plan.rows * stride; k += kWidth<A>) total += load<A>(delta + k) * load<A>(Z + k);
+    return sum<A>(total);
+  }
+
+  void change_of_sums(A rate, A* ra) const {
+    for (int64_t k = 0; k < plan.rows * stride; ++k) ra[k] = rate * Z[k];
+  }
+
+  void step_back(A rate, const A* delta, const A* rdelta) const {
+    const int64_t n = plan.rows, out = plan.width[1];
+    if (grads.inputs) {
+      for (int64_t k = 0; k < n * stride; ++k) scaled[k] = rate * delta[k];
+      const RowFactor<A> factors[2] = {{scaled, stride, R, stride, out}, {R, stride, scaled, stride, out}};
+      row_product<A, Finish::subtract>(factors, 2, {S, height, nullptr, nullptr, 0}, n, n);
+    }
+    for (int64_t k = 0; k < n * stride; ++k) R[k] -= rdelta[k];
+    const Factor<A> factor{{products(), height, 1}, rdelta, stride, n};
+    product<A, Finish::subtract>(&factor, 1, {Z, stride, nullptr, nullptr, 0}, n, out);
+  }
+
+  // The bias's gradient behind the factors; X's: R W + S X + D L, where L is deltas^T Q or given.
+  void finish() const {
+    const int64_t n = plan.rows, m = plan.query_rows, in = plan.width[0], out = plan.width[1];
+    const Target<A> bias{R + n * stride, 0, grads.first ? grads.first + in * stride : nullptr, nullptr, 0};
+    const Layer<A> factors{grads.factors, stride};
+    if (grads.first) {
+      column_sums<A, Finish::add_row>(factors, m + n, bias, out);
+    } else {
+      column_sums<A, Finish::set>(factors, m + n, bias, out);
+    }
+    if (!grads.inputs || plan.first_order) return;
+    const RowFactor<A> weights[2] = {{R, stride, task.initial + plan.weight[0], stride, out},
+                                     {change(), stride, grads.first, stride, out}};
+    row_product<A, Finish::set>(weights, grads.first ? 2 : 1, {grads.inputs, in, nullptr, nullptr, 0}, n, in);
+    const RowFactor<A> pairs{grads.factors, stride, change(), stride, out};
+    row_product<A, Finish::set>(&pairs, 1, {C, height, nullptr, nullptr, 0}, m, n);
+    const Factor<A> rows[2] = {{transposed(task.inputs), S, height, n}, {transposed(task.query), C, height, m}};
+    product<A, Finish::set>(rows, 2, {turned, height, nullptr, nullptr, 0}, in, n);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t k = 0; k < in; ++k) grads.inputs[i * in + k] += turned[k * height + i];
+    }
+  }
+};
+
 // The gradients of <upstream, outputs>: back through the query rows, then step by step through the inner loop.
 template <class A>
 void mlp_adapt_vjp(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradients<A>& grads) {
   const int64_t n = plan.rows, m = plan.query_rows, block = n * plan.columns, last = plan.layers - 1;
   A* const lam = grads.parameters;
   A* const V = grads.scratch;
-  A* const g = V + plan.parameters;
-  A* const ra = g + plan.parameters;
+  A* const g = V + plan.stepped;
+  A* const ra = g + plan.stepped;
   A* const rh = ra + block;
   A* const rdelta = rh + block;
   A* const qdelta = rdelta + block;
+  const FirstLayer<A> first(plan, task, grads, qdelta + (n > m ? n : m) * plan.columns);
   const auto parameters = [&](int64_t t) -> const A* {
-    return t == 0 ? task.initial : task.tape + t * plan.step() - plan.parameters;
+    return t == 0 ? task.initial : task.tape + t * plan.step() - plan.stepped;
   };
   if (grads.outputs.data) {
     A* hq = task.tape + plan.steps * plan.step();
@@ -453,22 +622,27 @@ void mlp_adapt_vjp(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradien
     zero_pads(top, m, plan.width[plan.layers]);
     backward_pass(plan, parameters(plan.steps), hq, qdelta, m);
     outer_products<A, Finish::set>(plan, task.query, hq, qdelta, m, nullptr, nullptr, nullptr, lam);
+    if (plan.factored) {
+      for (int64_t k = 0; k < m * first.stride; ++k) grads.factors[k] = qdelta[k];
+    }
     if (grads.query) {
-      const Layer<A> first = layer_of(plan, qdelta, m, 0);
-      const RowFactor<A> factor{first.data, first.stride, parameters(plan.steps) + plan.weight[0], first.stride,
-                                plan.width[1]};
+      const Layer<A> lowest = layer_of(plan, qdelta, m, 0);
+      const A* weight = plan.factored ? first.adapted() : parameters(plan.steps) + plan.weight[0];
+      const RowFactor<A> factor{lowest.data, lowest.stride, weight, lowest.stride, plan.width[1]};
       row_product<A, Finish::set>(&factor, 1, {grads.query, plan.width[0], nullptr, nullptr, 0}, m, plan.width[0]);
     }
   }
+  if (plan.factored) first.begin();
   for (int64_t t = plan.steps - 1; t >= 0; --t) {
     A* h = task.tape + t * plan.step();
     A* delta = h + block;
     const A* theta = parameters(t);
     if (grads.step_rates || grads.block_rates) rate_gradients(plan, task, grads, t, h, delta, g);
+    if (plan.factored && grads.step_rates) grads.step_rates[t * plan.layers] = -first.along(delta);
     if (plan.first_order) continue;
     // V = rate o lam; then R of every activation and delta along V.
-    for (int64_t l = 0; l < plan.layers; ++l) {
-      const int64_t end = l + 1 < plan.layers ? plan.weight[l + 1] : plan.parameters;
+    for (int64_t l = plan.lowest(); l < plan.layers; ++l) {
+      const int64_t end = plan.bias[l] + padded_width(plan.width[l + 1]);
       if (task.block_rates) {
         for (int64_t k = plan.weight[l]; k < end; ++k) V[k] = task.block_rates[k] * lam[k];
       } else {
@@ -479,16 +653,16 @@ void mlp_adapt_vjp(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradien
     for (int64_t l = 0; l < plan.layers; ++l) {
       const int64_t in = plan.width[l], out = plan.width[l + 1];
       const Layer<A> to = layer_of(plan, ra, n, l);
-      const Target<A> target{to.data, to.stride, V + plan.bias[l], nullptr, 0};
-      if (l == 0) {
-        const Factor<A> factor{task.inputs, V + plan.weight[l], to.stride, in};
-        product<A, Finish::add_row>(&factor, 1, target, n, out);
+      if (l == 0 && plan.factored) {
+        first.change_of_sums(task.step_rates[t * plan.layers], ra);
+      } else if (l == 0) {
+        first_sums<A>(plan, V, task.inputs, nullptr, nullptr, ra, n);
       } else {
         const Layer<A> below = layer_of(plan, h, n, l - 1), moved = layer_of(plan, rh, n, l - 1);
         const int64_t stride = padded_width(in);
         const RowFactor<A> factors[2] = {{below.data, below.stride, V + plan.weight[l], stride, in},
                                          {moved.data, moved.stride, theta + plan.weight[l], stride, in}};
-        row_product<A, Finish::add_row>(factors, 2, target, n, out);
+        row_product<A, Finish::add_row>(factors, 2, {to.data, to.stride, V + plan.bias[l], nullptr, 0}, n, out);
       }
       zero_pads(to, n, out);
       if (l == last) break;
@@ -517,15 +691,17 @@ void mlp_adapt_vjp(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradien
         store<A>(to.data + k, value);
       }
     }
-    if (grads.inputs) {
-      const Layer<A> first = layer_of(plan, delta, n, 0), moved = layer_of(plan, rdelta, n, 0);
-      const RowFactor<A> factors[2] = {{first.data, first.stride, V + plan.weight[0], first.stride, plan.width[1]},
-                                       {moved.data, moved.stride, theta + plan.weight[0], first.stride, plan.width[1]}};
+    if (plan.factored) {
+      first.step_back(task.step_rates[t * plan.layers], delta, rdelta);
+    } else if (grads.inputs) {
+      const Layer<A> own = layer_of(plan, delta, n, 0), moved = layer_of(plan, rdelta, n, 0);
+      const RowFactor<A> factors[2] = {{own.data, own.stride, V + plan.weight[0], own.stride, plan.width[1]},
+                                       {moved.data, moved.stride, theta + plan.weight[0], own.stride, plan.width[1]}};
       row_product<A, Finish::subtract>(factors, 2, {grads.inputs, plan.width[0], nullptr, nullptr, 0}, n,
                                        plan.width[0]);
     }
     // lam -= H V
-    for (int64_t l = 0; l < plan.layers; ++l) {
+    for (int64_t l = plan.lowest(); l < plan.layers; ++l) {
       const int64_t in = plan.width[l], out = plan.width[l + 1];
       const Layer<A> moved = layer_of(plan, rdelta, n, l);
       if (l == 0) {
@@ -541,6 +717,7 @@ void mlp_adapt_vjp(const MlpPlan& plan, const MlpTask<A>& task, const MlpGradien
       column_sums<A, Finish::subtract>(moved, n, {lam + plan.bias[l], 0, nullptr, nullptr, 0}, out);
     }
   }
+  if (plan.factored) first.finish();
 }
 
 // Adds to the first of `count` blocks the others, which lie `stride` apart, in their order.

@@ -57,7 +57,7 @@ struct MlpCall {
     p.rate = static_cast<A>(rate);
     p.rates =
         from.rates.empty() ? StepRates::number : (from.rate_for_each() ? StepRates::parameters : StepRates::steps);
-    p.activation = from.activation, p.loss = from.loss, p.first_order = from.first_order;
+    p.activation = from.activation, p.loss = from.loss, p.first_order = from.first_order, p.factored = from.factored;
     p.tape = tape, p.tape_size = from.tape;
     for (int64_t l = 0; l < p.layers; ++l) add_layer(from, l);
     if (p.rates == StepRates::parameters) rate_numbers = p.packed;
@@ -82,7 +82,11 @@ struct MlpCall {
              p.tape_columns,
              0,
              0};
-    p.parameters += out * cuda::odd_stride(in + 1);
+    if (l >= p.lowest()) {
+      p.parameters += out * cuda::odd_stride(in + 1);
+    } else {
+      p.skipped = out * (in + 1);
+    }
     p.packed += out * (in + 1);
     p.columns += cuda::odd_stride(out + 1);
     p.tape_columns += out;
@@ -111,9 +115,10 @@ void check_layers(const MlpArguments& arguments) {
 std::tuple<Tensor, Tensor, Tensor> mlp_loop(const Tensor& inputs, const Tensor& targets,
                                             const std::optional<Tensor>& query, const Tensors& weights,
                                             const Tensors& biases, const Tensors& rates, double rate, int64_t steps,
-                                            int64_t activation, int64_t loss, bool first_order) {
+                                            int64_t activation, int64_t loss, bool first_order, bool factored) {
   cuda::check_device(inputs, "inputs");
-  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
+  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order,
+                               factored);
   check_layers(arguments);
   const auto guard = cuda::device_guard(inputs);
   const int64_t T = arguments.tasks;
@@ -152,9 +157,11 @@ void sum_parts(const A* rows, const Tensor* tensors, int64_t count, int64_t laye
 Tensors mlp_loop_vjp(const std::optional<Tensor>& grad_outputs, const std::optional<Tensor>& grad_parameters,
                      const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& query,
                      const Tensors& weights, const Tensors& biases, const Tensors& rates, double rate, int64_t steps,
-                     int64_t activation, int64_t loss, bool first_order, const Tensor& tape_any, bool data) {
+                     int64_t activation, int64_t loss, bool first_order, bool factored, const Tensor& tape_any,
+                     bool data) {
   cuda::check_device(inputs, "inputs");
-  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order);
+  const MlpArguments arguments(inputs, targets, query, weights, biases, rates, steps, activation, loss, first_order,
+                               factored);
   arguments.check_upstream(grad_outputs, grad_parameters, tape_any);
   check_layers(arguments);
   const auto guard = cuda::device_guard(inputs);

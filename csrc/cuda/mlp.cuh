@@ -60,6 +60,10 @@ struct MlpLayer {
 // What both kernels are given. A block of parameters in working memory holds each layer as [out, in + 1], a block of
 // activations as [row_limit, out + 1], both with odd strides. The tape holds for each step the activations and deltas,
 // layer by layer [n, out], and the packed parameters after it, then the query's hidden activations [m, out].
+//
+// `factored`: the first weight and bias are W + D^T X in every step for the support rows X, which end with 1, and their
+// adjoint is L + R^T X. Only D and R, [n, out], are kept beside what they do to rows, and the packed parameters of a step
+// begin with the second layer; the products of the rows and the query rows with the rows, and D, end the tape.
 template <class A>
 struct MlpProblem {
   MlpLayer<A> layer[kMostLayers];
@@ -84,6 +88,8 @@ struct MlpProblem {
   Activation activation;
   InnerLoss loss;
   bool first_order;
+  bool factored;
+  int64_t skipped;  // of the packed parameters in each step
   A* tape;
   int64_t tape_size;
   A* global;  // working memory of all blocks, null where it is shared memory
@@ -92,14 +98,31 @@ struct MlpProblem {
   // Numbers of working memory that a block needs.
   int64_t memory_of(bool backward) const {
     const int64_t rows_of_activations = row_limit * columns;
-    return (backward ? 3 : 1) * parameters + row_limit * odd_stride(in + 1) + (backward ? 5 : 2) * rows_of_activations;
+    const int64_t first =
+        factored ? (backward ? 2 : 1) * rows * first_stride() + (backward ? row_limit + rows : 0) * rows : 0;
+    return (backward ? 3 : 1) * parameters + row_limit * odd_stride(in + 1) + (backward ? 5 : 2) * rows_of_activations +
+           first;
   }
 
   METAFAST_HOST_DEVICE int64_t width(int64_t l) const { return l == 0 ? in : layer[l - 1].out; }
-  METAFAST_HOST_DEVICE int64_t tape_step() const { return 2 * rows * tape_columns + packed; }
+  METAFAST_HOST_DEVICE int64_t stepped() const { return packed - skipped; }
+  METAFAST_HOST_DEVICE int64_t tape_step() const { return 2 * rows * tape_columns + stepped(); }
+  METAFAST_HOST_DEVICE int64_t first_stride() const { return odd_stride(layer[0].out); }
+  // The first layer that is explicit in each step.
+  METAFAST_HOST_DEVICE int64_t lowest() const { return factored ? 1 : 0; }
 
   __device__ __forceinline__ A* tape_of(int64_t t, int64_t step) const {
     return tape + t * tape_size + step * tape_step();
+  }
+  // Factored: [n + m, n] products of rows, D [n, out], the initial weight of the group and the support rows.
+  __device__ __forceinline__ A* products_of(int64_t t) const { return tape_of(t, steps) + query_rows * tape_columns; }
+  __device__ __forceinline__ A* change_of(int64_t t) const { return products_of(t) + (rows + query_rows) * rows; }
+  __device__ __forceinline__ Matrix<A> first_weight(int64_t t) const {
+    const Strided<A>& all = layer[0].weight;
+    return {all.data + t / group_tasks * all.batch, all.row, all.column};
+  }
+  __device__ __forceinline__ Matrix<A> inputs_of(int64_t t) const {
+    return {inputs.data + t * inputs.batch, inputs.row, inputs.column};
   }
   // Layer l of a block of parameters, of one of activations, and the rows that it is fed with.
   __device__ __forceinline__ Table<A> weight(A* block, int64_t l) const {
@@ -175,7 +198,7 @@ template <class A>
 __device__ __forceinline__ void load_parameters(const MlpProblem<A>& p, int64_t t, int64_t step, A start, A* block) {
   const int64_t g = t / p.group_tasks;
   const A* packed = step == 0 ? nullptr : p.tape_of(t, step) - p.packed;
-  for (int64_t l = 0; l < p.layers; ++l) {
+  for (int64_t l = p.lowest(); l < p.layers; ++l) {
     const Table<A> to = p.weight(block, l);
     const int64_t in = p.width(l);
     for_each_element(p.layer[l].out, in + 1, [&](int64_t i, int64_t j) {
@@ -216,18 +239,23 @@ __device__ __forceinline__ void fill_last_column(const MlpProblem<A>& p, A* bloc
   }
 }
 
-// The activations of `rows` rows x, also given to store(l, i, j, h); the last layer has no function.
+// What becomes of a sum of layer l: the activation, also given to store(l, i, j, h); the last layer has no function.
+template <class A, class Store>
+__device__ __forceinline__ void activate(const MlpProblem<A>& p, A* h, int64_t l, int64_t i, int64_t j, A sum,
+                                         const Store& store) {
+  const A value = l + 1 < p.layers ? activated(p.activation, sum) : sum;
+  p.outputs(h, l).at(i, j) = value;
+  store(l, i, j, value);
+}
+
+// The activations of `rows` rows x; where the first layer is factored, those of the others.
 template <class A, class Store>
 __device__ __forceinline__ void forward_pass(const MlpProblem<A>& p, A* parameters, A* x, A* h, int64_t rows,
                                              const Store& store) {
-  for (int64_t l = 0; l < p.layers; ++l) {
-    const Table<A> to = p.outputs(h, l);
+  for (int64_t l = p.lowest(); l < p.layers; ++l) {
     const Factors<A> terms[1] = {{p.below(x, h, l), transposed<A>(p.weight(parameters, l)), p.width(l) + 1}};
-    block_product(terms, rows, p.layer[l].out, [&](int64_t i, int64_t j, A sum) {
-      const A value = l + 1 < p.layers ? activated(p.activation, sum) : sum;
-      to.at(i, j) = value;
-      store(l, i, j, value);
-    });
+    block_product(terms, rows, p.layer[l].out,
+                  [&](int64_t i, int64_t j, A sum) { activate(p, h, l, i, j, sum, store); });
     __syncthreads();
   }
 }
@@ -336,12 +364,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   A* const x = theta + p.parameters;
   A* const h = x + p.row_limit * odd_stride(p.in + 1);
   A* const delta = h + p.row_limit * p.columns;
+  const Table<A> sums{delta + p.row_limit * p.columns, p.first_stride()};  // of the first layer, where it is factored
+  const int64_t first_out = p.layer[0].out;
+  const Table<A> products{p.products_of(t), n}, change{p.change_of(t), first_out};
   const bool bad = __syncthreads_or(sees_bad_label(p.labels, t, C)) != 0;
-  load_parameters(p, t, 0, bad ? not_a_number<A>() : A(0), theta);
+  const A start = bad ? not_a_number<A>() : A(0);
+  const auto first_bias = [&](int64_t j) { return start + p.layer[0].bias.at(t / p.group_tasks, j, 0); };
+  load_parameters(p, t, 0, start, theta);
   load_inputs(p, p.inputs, t, 0, n, x);
   for (int64_t i = threadIdx.x; i < p.row_limit; i += kThreads) p.below(x, h, 0).at(i, p.in) = A(1);
   fill_last_column(p, h, A(1));
   __syncthreads();
+  if (p.factored) {
+    const Matrix<A> rows = p.below(x, h, 0);
+    const Factors<A> squares[1] = {{rows, transposed(rows), p.in + 1}};
+    block_product(squares, n, n, [&](int64_t i, int64_t j, A sum) { products.at(i, j) = sum; });
+    const Factors<A> terms[1] = {{rows, transposed(p.first_weight(t)), p.in}};
+    block_product(terms, n, first_out, [&](int64_t i, int64_t j, A sum) {
+      sums.at(i, j) = first_bias(j) + sum;
+      change.at(i, j) = A(0);
+    });
+    __syncthreads();
+  }
   for (int64_t step = 0; step < p.steps; ++step) {
     A* const tape = p.tape_of(t, step);
     A* const delta_tape = tape + n * p.tape_columns;
@@ -351,11 +395,25 @@ __global__ void __launch_bounds__(kThreads, 1)
         to[n * p.layer[l].tape_columns + i * p.layer[l].out + j] = value;
       };
     };
+    if (p.factored) {
+      for_each_element(n, first_out,
+                       [&](int64_t i, int64_t j) { activate(p, h, 0, i, j, sums.at(i, j), store_to(tape)); });
+      __syncthreads();
+    }
     forward_pass(p, theta, x, h, n, store_to(tape));
     loss_delta(p, t, h, delta, delta_tape + n * p.layer[last].tape_columns);
     __syncthreads();
     backward_pass(p, theta, h, delta, n, store_to(delta_tape));
-    for (int64_t l = 0; l < p.layers; ++l) {
+    if (p.factored) {
+      const Table<A> own = p.outputs(delta, 0);
+      const A rate = p.rate_of(g, step, 0);
+      const Factors<A> terms[1] = {{products, own, n}};
+      block_product(terms, n, first_out, [&](int64_t i, int64_t j, A sum) {
+        sums.at(i, j) = std::fma(-rate, sum, sums.at(i, j));
+        change.at(i, j) = std::fma(-rate, own.at(i, j), change.at(i, j));
+      });
+    }
+    for (int64_t l = p.lowest(); l < p.layers; ++l) {
       const Table<A> own = p.weight(theta, l);
       const A rate = p.rate_of(g, step, l);
       const Factors<A> terms[1] = {outer_product(p, x, h, delta, l, n)};
@@ -363,7 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const A alpha = p.rates == StepRates::parameters ? p.rate_of_parameter(g, l, i, j) : rate;
         const A value = std::fma(-alpha, sum, own.at(i, j));
         own.at(i, j) = value;
-        next[p.packed_at(l, i, j)] = value;
+        next[p.packed_at(l, i, j) - p.skipped] = value;
       });
     }
     __syncthreads();
@@ -373,20 +431,49 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t rows = first + p.row_limit < m ? p.row_limit : m - first;
     load_inputs(p, p.query, t, first, rows, x);
     __syncthreads();
-    forward_pass(p, theta, x, h, rows, [&](int64_t l, int64_t i, int64_t j, A value) {
+    const auto store = [&](int64_t l, int64_t i, int64_t j, A value) {
       if (l == last) {
         outputs[(t * m + first + i) * C + j] = value;
       } else {
         tape[m * p.layer[l].tape_columns + (first + i) * p.layer[l].out + j] = value;
       }
-    });
+    };
+    if (p.factored) {
+      const Matrix<A> own = p.below(x, h, 0);
+      const Table<A> of_query{&products.at(n + first, 0), n};
+      const Factors<A> with_rows[1] = {{own, transposed(p.inputs_of(t)), p.in}};
+      block_product(with_rows, rows, n, [&](int64_t i, int64_t j, A sum) { of_query.at(i, j) = sum + A(1); });
+      __syncthreads();
+      const Factors<A> terms[2] = {{own, transposed(p.first_weight(t)), p.in}, {of_query, change, n}};
+      block_product(terms, rows, first_out,
+                    [&](int64_t i, int64_t j, A sum) { activate(p, h, 0, i, j, first_bias(j) + sum, store); });
+      __syncthreads();
+    }
+    forward_pass(p, theta, x, h, rows, store);
   }
   if (parameters == nullptr) return;
-  for (int64_t l = 0; l < p.layers; ++l) {
+  if (p.factored) {
+    const Matrix<A> weight = p.first_weight(t);
+    const Factors<A> terms[1] = {{transposed<A>(change), p.below(x, h, 0), n}};
+    block_product(terms, first_out, p.in + 1, [&](int64_t i, int64_t j, A sum) {
+      parameters[t * p.packed + p.packed_at(0, i, j)] = sum + (j < p.in ? start + weight.at(i, j) : first_bias(i));
+    });
+  }
+  for (int64_t l = p.lowest(); l < p.layers; ++l) {
     const Table<A> own = p.weight(theta, l);
     for_each_element(p.layer[l].out, p.width(l) + 1,
                      [&](int64_t i, int64_t j) { parameters[t * p.packed + p.packed_at(l, i, j)] = own.at(i, j); });
   }
+}
+
+// A sum over the threads of their parts of lam o g, in the gradient of layer l's rate.
+template <class A>
+__device__ __forceinline__ void add_rate_gradient(const MlpProblem<A>& p, const MlpGradients<A>& grads, int64_t t,
+                                                  int64_t step, int64_t l, A part) {
+  part = block_sum(part);
+  const int64_t at = t * grads.rate_numbers + p.layer[l].rate_at + step * p.layer[l].rate_step;
+  if (threadIdx.x == 0) grads.rates[at] -= part;
+  __syncthreads();
 }
 
 // Minus lam o g in the rates' gradient, g = the gradient that a step has followed.
@@ -394,7 +481,7 @@ template <class A>
 __device__ __forceinline__ void rate_gradients(const MlpProblem<A>& p, const MlpGradients<A>& grads, int64_t t,
                                                int64_t step, A* x, A* h, A* delta, A* lam) {
   A* const to = grads.rates + t * grads.rate_numbers;
-  for (int64_t l = 0; l < p.layers; ++l) {
+  for (int64_t l = p.lowest(); l < p.layers; ++l) {
     const Table<A> own = p.weight(lam, l);
     const Factors<A> terms[1] = {outer_product(p, x, h, delta, l, p.rows)};
     A part = A(0);
@@ -406,9 +493,7 @@ __device__ __forceinline__ void rate_gradients(const MlpProblem<A>& p, const Mlp
       }
     });
     if (p.rates == StepRates::parameters) continue;
-    part = block_sum(part);
-    if (threadIdx.x == 0) to[p.layer[l].rate_at + step * p.layer[l].rate_step] -= part;
-    __syncthreads();
+    add_rate_gradient(p, grads, t, step, l, part);
   }
 }
 
@@ -427,17 +512,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   A* const ra = delta + block;
   A* const rh = ra + block;
   A* const rdelta = rh + block;
+  // Where the first layer is factored: R, X lam^T, and in X's gradient S X.
+  const int64_t first_out = p.layer[0].out;
+  const Table<A> R{rdelta + block, p.first_stride()}, moved_sums{R.data + n * R.stride, R.stride};
+  const Table<A> S{moved_sums.data + n * R.stride, n}, of_query{S.data + n * n, n};
+  const Table<A> products{p.products_of(t), n}, change{p.change_of(t), first_out};
+  A* const packed = grads.packed + t * p.packed;
+  const Matrix<A> first_lam{packed, in, 1};
   const bool bad = __syncthreads_or(sees_bad_label(p.labels, t, C)) != 0;
   const A start = bad ? not_a_number<A>() : A(0);
   const auto ignore = [](int64_t, int64_t, int64_t, A) {};
+  const auto lam_at = [&](int64_t l, int64_t i, int64_t j) -> A& {
+    return l == 0 && p.factored ? packed[p.packed_at(0, i, j)] : p.weight(lam, l).at(i, j);
+  };
 
   for (int64_t l = 0; l < p.layers; ++l) {
-    const Table<A> to = p.weight(lam, l);
     for_each_element(p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j) {
       const bool given = grads.parameters.data != nullptr;
-      to.at(i, j) = given ? start + grads.parameters.at(t, 0, p.packed_at(l, i, j)) : start;
+      lam_at(l, i, j) = given ? start + grads.parameters.at(t, 0, p.packed_at(l, i, j)) : start;
     });
   }
+  // What becomes of the change of a sum of layer l.
+  const auto to_moved = [&](int64_t l, int64_t i, int64_t j, A sum) {
+    p.outputs(ra, l).at(i, j) = sum;
+    if (l < last) p.outputs(rh, l).at(i, j) = sloped(p.activation, p.outputs(h, l).at(i, j), sum);
+  };
   const auto fill = [&](A* to, int64_t count) {
     if (to == nullptr) return;
     for (int64_t k = threadIdx.x; k < count; k += kThreads) to[t * count + k] = start;
@@ -462,12 +561,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
       backward_pass(p, theta, h, delta, rows, ignore);
       for (int64_t l = 0; l < p.layers; ++l) {
-        const Table<A> to = p.weight(lam, l);
         const Factors<A> terms[1] = {outer_product(p, x, h, delta, l, rows)};
-        block_product(terms, p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j, A sum) { to.at(i, j) += sum; });
+        block_product(terms, p.layer[l].out, p.width(l) + 1,
+                      [&](int64_t i, int64_t j, A sum) { lam_at(l, i, j) += sum; });
       }
       if (grads.query != nullptr) {
-        const Factors<A> terms[1] = {{p.outputs(delta, 0), p.weight(theta, 0), p.layer[0].out}};
+        const Matrix<A> own = p.outputs(delta, 0);
+        if (p.factored) {
+          const Factors<A> terms[1] = {{own, transposed<A>(change), first_out}};
+          block_product(terms, rows, n, [&](int64_t i, int64_t j, A sum) { of_query.at(i, j) = sum; });
+          __syncthreads();
+        }
+        const Matrix<A> weight = p.factored ? p.first_weight(t) : Matrix<A>(p.weight(theta, 0));
+        const Factors<A> terms[2] = {{own, weight, first_out}, {of_query, p.inputs_of(t), p.factored ? n : 0}};
         block_product(terms, rows, in,
                       [&](int64_t i, int64_t j, A sum) { grads.query[(t * m + first + i) * in + j] = start + sum; });
       }
@@ -476,6 +582,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   load_inputs(p, p.inputs, t, 0, n, x);
+  if (p.factored) {
+    __syncthreads();
+    const Factors<A> terms[1] = {{p.below(x, h, 0), transposed(first_lam), in}};
+    block_product(terms, n, first_out, [&](int64_t i, int64_t j, A sum) {
+      moved_sums.at(i, j) = lam_at(0, j, in) + sum;
+      R.at(i, j) = A(0);
+    });
+    for_each_element(n, n, [&](int64_t i, int64_t j) { S.at(i, j) = A(0); });
+  }
   const bool nothing = p.first_order && grads.rates == nullptr;
   for (int64_t step = nothing ? -1 : p.steps - 1; step >= 0; --step) {
     const A* const tape = p.tape_of(t, step);
@@ -483,7 +598,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_activations(p, tape + n * p.tape_columns, n, p.layers, 0, n, delta);
     if (!p.first_order) {
       load_parameters(p, t, step, A(0), theta);
-      for (int64_t l = 0; l < p.layers; ++l) {
+      for (int64_t l = p.lowest(); l < p.layers; ++l) {
         const Table<A> from = p.weight(lam, l), to = p.weight(along, l);
         const A rate = p.rate_of(g, step, l);
         for_each_element(p.layer[l].out, p.width(l) + 1, [&](int64_t i, int64_t j) {
@@ -493,20 +608,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     await_tape();
     __syncthreads();
-    if (grads.rates != nullptr) rate_gradients(p, grads, t, step, x, h, delta, lam);
+    const Table<A> first_delta = p.outputs(delta, 0), first_moved = p.outputs(rdelta, 0);
+    if (grads.rates != nullptr) {
+      rate_gradients(p, grads, t, step, x, h, delta, lam);
+      if (p.factored) {
+        A part = A(0);
+        for_each_element(n, first_out, [&](int64_t i, int64_t j) {
+          part = std::fma(first_delta.at(i, j), moved_sums.at(i, j), part);
+        });
+        add_rate_gradient(p, grads, t, step, 0, part);
+      }
+    }
     if (p.first_order) {
       __syncthreads();
       continue;
     }
     // R of every activation and delta along rate o lam.
-    for (int64_t l = 0; l < p.layers; ++l) {
-      const Table<A> to = p.outputs(ra, l), moved = p.outputs(rh, l), own = p.outputs(h, l);
+    const A first_rate = p.rate_of(g, step, 0);
+    if (p.factored) {
+      for_each_element(n, first_out,
+                       [&](int64_t i, int64_t j) { to_moved(0, i, j, first_rate * moved_sums.at(i, j)); });
+      __syncthreads();
+    }
+    for (int64_t l = p.lowest(); l < p.layers; ++l) {
       const Factors<A> terms[2] = {{p.below(x, h, l), transposed<A>(p.weight(along, l)), p.width(l) + 1},
                                    {p.below(x, rh, l), transposed<A>(p.weight(theta, l)), l == 0 ? 0 : p.width(l)}};
-      block_product(terms, n, p.layer[l].out, [&](int64_t i, int64_t j, A sum) {
-        to.at(i, j) = sum;
-        if (l < last) moved.at(i, j) = sloped(p.activation, own.at(i, j), sum);
-      });
+      block_product(terms, n, p.layer[l].out, [&](int64_t i, int64_t j, A sum) { to_moved(l, i, j, sum); });
       __syncthreads();
     }
     loss_delta_tangent(p, t, h, ra, rdelta, grads.targets);
@@ -524,12 +651,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       });
       __syncthreads();
     }
-    if (grads.inputs != nullptr) {
-      const Factors<A> terms[2] = {{p.outputs(delta, 0), p.weight(along, 0), p.layer[0].out},
-                                   {p.outputs(rdelta, 0), p.weight(theta, 0), p.layer[0].out}};
+    if (p.factored) {
+      if (grads.inputs != nullptr) {
+        const Factors<A> terms[2] = {{first_delta, transposed<A>(R), first_out},
+                                     {R, transposed<A>(first_delta), first_out}};
+        block_product(terms, n, n, [&](int64_t i, int64_t j, A sum) { S.at(i, j) -= first_rate * sum; });
+        __syncthreads();
+      }
+      const Factors<A> terms[1] = {{products, first_moved, n}};
+      block_product(terms, n, first_out, [&](int64_t i, int64_t j, A sum) {
+        moved_sums.at(i, j) -= sum;
+        R.at(i, j) -= first_moved.at(i, j);
+      });
+    } else if (grads.inputs != nullptr) {
+      const Factors<A> terms[2] = {{first_delta, p.weight(along, 0), first_out},
+                                   {first_moved, p.weight(theta, 0), first_out}};
       block_product(terms, n, in, [&](int64_t i, int64_t j, A sum) { grads.inputs[(t * n + i) * in + j] -= sum; });
     }
-    for (int64_t l = 0; l < p.layers; ++l) {
+    for (int64_t l = p.lowest(); l < p.layers; ++l) {
       const Table<A> to = p.weight(lam, l);
       const Factors<A> terms[2] = {outer_product(p, x, h, rdelta, l, n),
                                    outer_product(p, x, rh, delta, l, l == 0 ? 0 : n)};
@@ -537,7 +676,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
   }
-  for (int64_t l = 0; l < p.layers; ++l) {
+  if (p.factored && !p.first_order) {
+    __syncthreads();
+    if (grads.inputs != nullptr) {
+      const Factors<A> terms[3] = {
+          {R, p.first_weight(t), first_out}, {S, p.below(x, h, 0), n}, {change, first_lam, first_out}};
+      block_product(terms, n, in,
+                    [&](int64_t i, int64_t j, A sum) { grads.inputs[(t * n + i) * in + j] = start + sum; });
+      __syncthreads();
+    }
+    const Factors<A> terms[1] = {{transposed<A>(R), p.below(x, h, 0), n}};
+    block_product(terms, first_out, in + 1, [&](int64_t i, int64_t j, A sum) { lam_at(0, i, j) += sum; });
+  }
+  for (int64_t l = p.lowest(); l < p.layers; ++l) {
     const Table<A> own = p.weight(lam, l);
     for_each_element(p.layer[l].out, p.width(l) + 1,
                      [&](int64_t i, int64_t j) { grads.packed[t * p.packed + p.packed_at(l, i, j)] = own.at(i, j); });
