@@ -83,9 +83,10 @@ def conv_norm_relu_pool(
         shift = kernel.new_zeros(kernel.shape[:2]) if conv_bias is None else fold(conv_bias, 1).to(wide)
         if mean is None or var is None:
             patch, covariance = call(MOMENTS, images)
-            double = kernel.double()
-            middle = (double @ patch.unsqueeze(-1)).squeeze(-1) + shift
-            spread = ((double @ covariance) * double).sum(-1)
+            # A product with broadcasting is another one, of other roundings, where gradients are recorded.
+            double = of_tasks(kernel.double(), tasks)
+            middle = torch.bmm(double, patch.unsqueeze(-1)).squeeze(-1) + shift
+            spread = (torch.bmm(double, covariance) * double).sum(-1)
         else:
             middle, spread = (fold(value, 1).double() for value in (mean, var))
         scale = gamma * (spread + eps).rsqrt()

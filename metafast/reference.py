@@ -381,6 +381,32 @@ def norm_relu_pool(
     return y.to(x.dtype), mean.expand(of_tasks), var.expand(of_tasks)
 
 
+def conv_norm_relu_pool(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`norm_relu_pool` of ``x [..., n, planes, H, W]`` convolved with ``[..., C, planes, 3, 3]``, padding 1."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    wide, kernel = (value.float() if half else value for value in (x, conv_weight))
+    height, width = x.shape[-2:]
+    border = torch.nn.functional.pad(wide, (1, 1, 1, 1))
+    z = torch.zeros((), dtype=wide.dtype, device=x.device)
+    for k in range(9):
+        shifted = border[..., k // 3 : k // 3 + height, k % 3 : k % 3 + width]
+        z = z + (kernel[..., None, :, :, k // 3, k % 3] @ shifted.flatten(-2)).unflatten(-1, (height, width))
+    if conv_bias is not None:
+        z = z + conv_bias[..., None, :, None, None]
+    y, mean, var = norm_relu_pool(z, weight, bias, mean, var, eps=eps)
+    return y.to(x.dtype), mean, var
+
+
 def windows(x: Tensor) -> Tensor:
     """The 2 x 2 windows of ``x [..., H, W]``, row by row: ``[..., H // 2, W // 2, 4]``; odd sizes are cut."""
     height, width = x.shape[-2] // 2, x.shape[-1] // 2

@@ -397,6 +397,32 @@ def _norm(name: str, x: Input, per_task: bool, given: bool = False, **options: A
     )
 
 
+def _conv_block(name: str, x: Input, per_task: bool, given: bool = False) -> Case:
+    """The statistics as for :func:`_norm`."""
+    inputs = {"x": x, "conv_weight": Input(f"d {x.shape.split()[1]} 3 3", per_task=per_task)}
+    inputs |= {name: Input("d", per_task=per_task) for name in ("conv_bias", "weight", "bias")}
+    if given:
+        inputs |= {"mean": Input("d"), "std": Input("d", per_task=per_task)}
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of(*values: Any) -> Any:
+            own = list(values[:-1])
+            if given:
+                own[6] = own[6].square() + 0.5
+            y, *statistics = function(*own)
+            return y if given else (y, *(s.to(y.dtype) for s in statistics))
+
+        return of
+
+    return Case(
+        f"conv_norm_relu_pool-{name}",
+        call(metafast.conv_norm_relu_pool),
+        call(reference.conv_norm_relu_pool),
+        inputs,
+        kernels_only=False,
+    )
+
+
 def _fan(x: Tensor) -> float:
     return 1 / (1 + x.shape[-1])
 
@@ -553,6 +579,8 @@ CASES = (
     ),
     _norm("batch", Input("2 d 2 3"), per_task=False),
     _norm("batch-no_pool", Input("3 d 1 2"), per_task=True, pool=False),
+    _conv_block("batch", Input("2 1 2 3"), per_task=False),
+    _conv_block("given", Input("1 2 2 5"), per_task=True, given=True),
     _norm("given-no_relu", Input("1 d 2 5"), per_task=True, given=True, relu=False),
     _update("number", {}, 0.3),
     _update("shared", {"lr": Input("", "positive", per_task=False)}),

@@ -261,7 +261,7 @@ class TestAutograd:
         apart = first_gradient(function)(*(t.clone().requires_grad_() for t in floats))
         assert_same(gradient, torch.cat([g.detach().reshape(-1) for g in apart]))
 
-    @pytest.mark.parametrize("case", [c for c in CASES if not c.name.startswith("norm_relu_pool")], ids=str)
+    @pytest.mark.parametrize("case", [c for c in CASES if "norm_relu_pool" not in c.name], ids=str)
     def test_one_tensor_as_every_input(self, case: Case, device: torch.device) -> None:
         shapes = [tuple(t.shape) for t in case.floats(case.make((2,), {"n": 3, "m": 3, "d": 3, "C": 3}))]
         inputs = case.make((2,), {"n": 3, "m": 3, "d": 3, "C": 3}, device=device)
