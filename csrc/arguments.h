@@ -2,7 +2,6 @@
 #pragma once
 
 #include <optional>
-#include <utility>
 
 #include "check.h"
 
@@ -181,88 +180,6 @@ inline void check_ridge_upstream(const Tensor& grad, const Tensor& support, cons
   check(weight, "weight", {T, C, d});
   check(alpha, "alpha", {T, n, C});
   check(factor, "factor", {T, n, n});
-}
-
-// Images of the first convolutional block.
-inline void check_conv_images(const Tensor& x) { check_dim(x, "x", 5, "[T, n, planes, H, W]"); }
-
-inline void check_conv_pool(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_conv_images(x);
-  check_dim(weight, "weight", 3, "[G, C, 9 planes]");
-  check_groups(weight, "weight", x.size(0));
-  check_shape(weight, "weight", {weight.size(0), weight.size(1), 9 * x.size(2)});
-  check_shape(bias, "bias", {weight.size(0), weight.size(1)});
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  for (const Tensor* tensor : {&weight, &bias}) {
-    if (tensor->device() != x.device()) fail("weight: expected the device of x");
-    check_dtype(*tensor, "weight", wide);
-  }
-}
-
-inline void check_conv_choice(const Tensor& choice, const Tensor& x, int64_t channels) {
-  if (choice.device() != x.device()) fail("choice: expected the device of x");
-  check_dtype(choice, "choice", ScalarType::Byte);
-  check_shape(choice, "choice", {x.size(0), x.size(1), x.size(3) / 2, x.size(4) / 2, channels});
-}
-
-inline void check_conv_grad(const Tensor& grad, const Tensor& choice, const Tensor& x) {
-  check_conv_images(x);
-  check_dim(grad, "grad", 5, "[T, n, H / 2, W / 2, C]");
-  check_like(grad, "grad", x, "x");
-  check_shape(grad, "grad", {x.size(0), x.size(1), x.size(3) / 2, x.size(4) / 2, grad.size(4)});
-  check_conv_choice(choice, x, grad.size(4));
-}
-
-// What all operators of normalisation and pooling are given.
-inline void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& mean,
-                       const std::optional<Tensor>& var, bool pool) {
-  check_dim(x, "x", 5, "[T, n, C, H, W]");
-  const bool half = x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
-  const auto check = [&](const Tensor& tensor, const char* name) {
-    if (tensor.device() != x.device()) fail(name, ": expected the device of x");
-    check_dtype(tensor, name, half ? ScalarType::Float : x.scalar_type());
-    check_shape(tensor, name, {x.size(0), x.size(2)});
-  };
-  check(weight, "weight");
-  check(bias, "bias");
-  if (mean.has_value() != var.has_value()) fail("mean: expected with var, and var with mean");
-  if (mean) check(*mean, "mean"), check(*var, "var");
-  if (pool && (x.size(3) < 2 || x.size(4) < 2)) fail("x: expected at least 2 x 2 pixels, got shape ", shape_text(x));
-  if (!mean && x.size(1) * x.size(3) * x.size(4) == 0) fail("x: expected pixels, got shape ", shape_text(x));
-}
-
-// The gradients that its derivatives are given, and the choice of pixels saved for them.
-inline void check_norm_upstream(const Tensor& grad, const std::optional<Tensor>& grad_mean,
-                                const std::optional<Tensor>& grad_var, const Tensor& x, const Tensor& weight,
-                                const Tensor& choice, bool pool) {
-  const int64_t T = x.size(0), n = x.size(1), C = x.size(2), by = pool ? 2 : 1;
-  check_like(grad, "grad", x, "x");
-  check_shape(grad, "grad", {T, n, C, x.size(3) / by, x.size(4) / by});
-  for (const auto& [value, name] : {std::pair{&grad_mean, "grad_mean"}, std::pair{&grad_var, "grad_var"}}) {
-    if (!*value) continue;
-    check_like(**value, name, weight, "weight");
-    check_shape(**value, name, {T, C});
-  }
-  if (choice.device() != x.device()) fail("choice: expected the device of x");
-  check_dtype(choice, "choice", ScalarType::Byte);
-  if (pool) check_shape(choice, "choice", {T, n, C, x.size(3) / 2, x.size(4) / 2});
-}
-
-// The directions that the second derivative is given.
-inline void check_norm_directions(const Tensor& u_x, const Tensor& u_weight, const Tensor& u_bias,
-                                  const std::optional<Tensor>& u_mean, const std::optional<Tensor>& u_var,
-                                  const Tensor& x, const Tensor& weight, bool given) {
-  check_like(u_x, "u_x", x, "x");
-  check_shape(u_x, "u_x", {x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
-  const auto check = [&](const Tensor& tensor, const char* name) {
-    check_like(tensor, name, weight, "weight");
-    check_shape(tensor, name, {x.size(0), x.size(2)});
-  };
-  check(u_weight, "u_weight");
-  check(u_bias, "u_bias");
-  if (u_mean.has_value() != given || u_var.has_value() != given)
-    fail("u_mean, u_var: expected where statistics are given");
-  if (given) check(*u_mean, "u_mean"), check(*u_var, "u_var");
 }
 
 }  // namespace metafast

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -42,6 +44,97 @@ def test_equals_the_plain_chain_of_layers():
         maps = ((maps - mean) / (variance + 1e-5).sqrt()).relu()
         maps = torch.nn.functional.max_pool2d(maps, 2)
     torch.testing.assert_close(encoder(images), maps.flatten(1), rtol=1e-10, atol=1e-10)
+
+
+def plain(encoder):
+    """The same layers in torch's own chain."""
+    copy = torch.nn.Sequential(
+        *(torch.nn.Sequential(*block) for block in encoder.encoder), torch.nn.Flatten()
+    )
+    return deepcopy(copy)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_batch_norm_is_torchs(momentum, tracked):
+    """Features, gradients and running statistics, in training and evaluation mode."""
+    torch.manual_seed(0)
+    encoder = Conv4(1, 5)
+    for block in encoder.encoder:
+        block[1] = torch.nn.BatchNorm2d(5, momentum=momentum, track_running_stats=tracked)
+        torch.nn.init.normal_(block[1].weight)
+        torch.nn.init.normal_(block[1].bias)
+    encoder.double()
+    chain = plain(encoder)
+    for _ in range(3):
+        images, weight = torch.rand(4, 1, 20, 33, dtype=torch.float64), torch.rand(4, 10, dtype=torch.float64)
+        ours, theirs = ((network(images) * weight).sum() for network in (encoder, chain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
+        gradients = [
+            torch.autograd.grad(total, tuple(network.parameters()))
+            for total, network in ((ours, encoder), (theirs, chain))
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(list(encoder.buffers()), list(chain.buffers()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(encoder.eval()(images), chain.eval()(images), rtol=1e-10, atol=1e-12)
+
+
+def test_second_order_through_the_encoder():
+    torch.manual_seed(0)
+    encoder = Conv4(1, 4).double()
+    images = torch.rand(6, 1, 16, 16, dtype=torch.float64)
+    results = []
+    for network in (encoder, plain(encoder)):
+        parameters = tuple(network.parameters())
+        first = torch.autograd.grad(network(images).square().sum(), parameters, create_graph=True)
+        total = sum((g.square().sum() for g in first), torch.zeros(()))
+        results.append(torch.autograd.grad(total, parameters, allow_unused=True))
+    largest = max(theirs.abs().max().item() for theirs in results[1] if theirs is not None)
+    for ours, theirs in zip(*results, strict=True):
+        wanted = torch.zeros_like(ours) if theirs is None else theirs
+        torch.testing.assert_close(ours, wanted, rtol=1e-7, atol=1e-12 * largest)
+
+
+def test_another_layer_in_the_place_of_batch_norm():
+    torch.manual_seed(0)
+    encoder = Conv4(1, 4)
+    for block in encoder.encoder:
+        block[1] = torch.nn.GroupNorm(2, 4)
+    images = torch.rand(2, 1, 16, 16)
+    torch.testing.assert_close(encoder(images), plain(encoder)(images))
+
+
+def test_under_a_transform():
+    """Gradients for parameters that are arguments, mapped over tasks, by the statistics of each task's images."""
+    torch.manual_seed(0)
+    encoder = Conv4(1, 4).double()
+    for block in encoder.encoder:
+        block[1].track_running_stats = False
+        block[1].running_mean = block[1].running_var = None
+    parameters = dict(encoder.named_parameters())
+    images = torch.rand(3, 5, 1, 16, 16, dtype=torch.float64)
+
+    def loss(parameters, own):
+        return torch.func.functional_call(encoder, parameters, (own,)).square().sum()
+
+    mapped = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for k in range(3):
+        alone = torch.autograd.grad(encoder(images[k]).square().sum(), tuple(parameters.values()))
+        for ours, theirs in zip(mapped.values(), alone, strict=True):
+            torch.testing.assert_close(ours[k], theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_bfloat16_and_autocast():
+    torch.manual_seed(0)
+    encoder = Conv4(1, 8)
+    images = torch.rand(8, 1, 28, 28)
+    exact = plain(encoder).double()(images.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = encoder(images)
+    half = encoder.bfloat16()(images.bfloat16())
+    for features in (cast, half):
+        assert features.dtype == torch.bfloat16
+        assert (features.double() - exact).abs().max() < 0.15
 
 
 def test_order_of_images_in_memory_does_not_matter():

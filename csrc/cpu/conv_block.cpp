@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "arguments.h"
+#include "conv_block_arguments.h"
 #include "cpu/distance.h"
 
 #define METAFAST_KERNELS "cpu/conv_block_kernels.h"

@@ -7,12 +7,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
+#include "math/norm.h"
+#include "norm_arguments.h"
 
 #define METAFAST_KERNELS "cpu/norm_relu_pool_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -20,59 +20,40 @@
 namespace metafast {
 namespace {
 
-// The images of x in the order in memory in which they are read and written.
-struct Layout {
+// The images of x as kernels see them, and how they are cut.
+struct Layout : NormLayout {
   Maps maps;
-  int64_t tasks, images, channels, height, width;
   int64_t units, slices, bands_per_slice;
 
-  Layout(const Tensor& x, bool pool)
-      : tasks(x.size(0)), images(x.size(1)), channels(x.size(2)), height(x.size(3)), width(x.size(4)) {
+  Layout(const Tensor& x, bool pool_) : NormLayout(x, pool_) {
     // Of so many elements; and of so many pixels that few numbers enter one sum of a channel.
     constexpr int64_t kSlice = 65536, kPixels = 1024;
-    maps.last = !x.is_contiguous() && channels > 1 && x.stride(2) == 1;
-    maps.pool = pool;
+    maps.last = last;
     maps.images = images;
-    maps.channels = maps.last ? channels : 1;
+    maps.channels = last ? channels : 1;
     maps.height = height;
     maps.width = width;
     maps.image_stride = channels * height * width;
-    maps.pooled_stride = pool ? channels * (height / 2) * (width / 2) : maps.image_stride;
-    units = maps.last ? tasks : tasks * channels;
-    const int64_t most = maps.last ? std::min(kPixels, kSlice / std::max<int64_t>(1, channels)) : kSlice;
+    maps.pooled_stride = channels * pooled_height() * pooled_width();
+    units = last ? tasks : tasks * channels;
+    const int64_t most = last ? std::min(kPixels, kSlice / std::max<int64_t>(1, channels)) : kSlice;
     bands_per_slice = std::max<int64_t>(1, most / std::max<int64_t>(1, 2 * width));
     slices = (maps.bands() + bands_per_slice - 1) / bands_per_slice;
   }
 
-  int64_t pixels() const { return images * height * width; }
   // Multiply-adds of a slice, to tell threads whether it is worth one.
   int64_t work() const { return 4 * bands_per_slice * width * maps.channels; }
   int64_t begin(int64_t slice) const { return slice * bands_per_slice; }
   int64_t end(int64_t slice) const { return std::min(begin(slice) + bands_per_slice, maps.bands()); }
-  int64_t stride() const { return maps.last ? padded(channels) : 1; }
+  int64_t stride() const { return last ? padded(channels) : 1; }
 
   // Where a unit's pixels begin in x, and its results in y.
   int64_t at(int64_t unit) const { return place(unit, maps.image_stride); }
   int64_t to(int64_t unit) const { return place(unit, maps.pooled_stride); }
 
-  Tensor arranged(const Tensor& tensor) const {
-    return dense(maps.last ? torch::stable::transpose(torch::stable::transpose(tensor, 2, 3), 3, 4) : tensor);
-  }
-  // [T, n, C, rows, columns], and this in the order of the others.
-  Tensor allocate(const Tensor& like, bool pooled, std::optional<ScalarType> dtype = std::nullopt) const {
-    const int64_t by = pooled && maps.pool ? 2 : 1, rows = height / by, columns = width / by;
-    const auto make = [&](std::initializer_list<int64_t> sizes) {
-      return dtype ? torch::stable::new_empty(like, sizes, dtype) : empty(like, sizes);
-    };
-    return maps.last ? make({tasks, images, rows, columns, channels}) : make({tasks, images, channels, rows, columns});
-  }
-  Tensor restored(const Tensor& tensor) const {
-    return maps.last ? torch::stable::transpose(torch::stable::transpose(tensor, 3, 4), 2, 3) : tensor;
-  }
-
  private:
   int64_t place(int64_t unit, int64_t image_stride) const {
-    if (maps.last) return unit * images * image_stride;
+    if (last) return unit * images * image_stride;
     return unit / channels * images * image_stride + unit % channels * (image_stride / channels);
   }
 };
@@ -125,7 +106,7 @@ struct Parameters {
     mean = mean_.template const_data_ptr<A>(), var = var_.template const_data_ptr<A>();
   }
 
-  double rstd(int64_t k) const { return 1 / std::sqrt(static_cast<double>(var[k]) + eps); }
+  double rstd(int64_t k) const { return norm_rstd(static_cast<double>(var[k]), eps); }
 
   // The same numbers in every pass: without pooling a backward finds the forward's pattern anew.
   void normal(int64_t k, PerChannel<A> to, int64_t c) const {
@@ -146,6 +127,12 @@ const A* optional_data(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->template const_data_ptr<A>() : nullptr;
 }
 
+// The k-th of some numbers, zeros if there are none.
+template <class A>
+double number(const A* values, int64_t k) {
+  return values != nullptr ? static_cast<double>(values[k]) : 0.0;
+}
+
 std::optional<Tensor> optional_dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
@@ -160,10 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_any, c
   const Tensor x = layout.arranged(x_any);
   const bool given = given_mean.has_value();
   const int64_t T = layout.tasks, C = layout.channels, channels = layout.maps.channels, slices = layout.slices;
-  Tensor y = layout.allocate(x, true);
+  Tensor y = layout.like_y(x);
   Tensor mean = empty(weight, {T, given ? 0 : C}), var = empty(weight, {T, given ? 0 : C});
-  Tensor choice =
-      pool ? layout.allocate(x, true, ScalarType::Byte) : torch::stable::new_empty(x, {T, 0}, ScalarType::Byte);
+  Tensor choice = pool ? layout.like_y(x, ScalarType::Byte) : torch::stable::new_empty(x, {T, 0}, ScalarType::Byte);
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     using A = accumulate_t<S>;
@@ -220,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_any, c
           parallel_stages(layout.units, Stage{given ? 0 : slices, layout.work(), sums},
                           Stage{1, 4 * slices * channels, combine}, Stage{slices, layout.work(), apply});
         },
-        layout.maps.last, pool);
+        layout.last, pool);
   });
   return {layout.restored(y), mean, var, pool ? layout.restored(choice) : choice};
 }
@@ -238,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_pool_vjp(
   const Tensor choice = pool ? layout.arranged(choice_any) : choice_any;
   const std::optional<Tensor> grad_mean = optional_dense(grad_mean_any), grad_var = optional_dense(grad_var_any);
   const int64_t T = layout.tasks, C = layout.channels, channels = layout.maps.channels, slices = layout.slices;
-  Tensor to_x = layout.allocate(x, false), to_weight = empty(weight, {T, C}), to_bias = empty(weight, {T, C});
+  Tensor to_x = layout.like_x(x), to_weight = empty(weight, {T, C}), to_bias = empty(weight, {T, C});
   Tensor to_mean = empty(weight, {T, given ? C : 0}), to_var = empty(weight, {T, given ? C : 0});
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
@@ -277,20 +263,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_pool_vjp(
             const PerChannel<A> own = coefficients.of(unit);
             for (int64_t c = 0; c < channels; ++c) {
               const int64_t k = unit * channels + c;
-              const double rstd = parameters.rstd(k), scale = static_cast<double>(parameters.weight[k]) * rstd;
-              const double along = centred[c] * rstd;
-              double for_mean = -scale * g[c], for_var = -0.5 * scale * rstd * along;
-              dw[k] = static_cast<A>(along);
-              db[k] = static_cast<A>(g[c]);
+              const NormGradients to = norm_gradients(static_cast<double>(parameters.weight[k]), parameters.rstd(k),
+                                                      g[c], centred[c], number(of_mean, k), number(of_var, k), share);
+              dw[k] = static_cast<A>(to.weight);
+              db[k] = static_cast<A>(to.bias);
               if (kGiven) {
-                dm[k] = static_cast<A>(for_mean);
-                dv[k] = static_cast<A>(for_var);
-                continue;
+                dm[k] = static_cast<A>(to.mean);
+                dv[k] = static_cast<A>(to.var);
+              } else {
+                own.row(kConstant)[c] = static_cast<A>(to.constant);
+                own.row(kSlope)[c] = static_cast<A>(to.slope);
               }
-              if (of_mean) for_mean += static_cast<double>(of_mean[k]);
-              if (of_var) for_var += static_cast<double>(of_var[k]);
-              own.row(kConstant)[c] = static_cast<A>(for_mean * share);
-              own.row(kSlope)[c] = static_cast<A>(2 * for_var * share);
             }
           };
           const auto apply = [&](int64_t unit, int64_t slice) {
@@ -301,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_pool_vjp(
           parallel_stages(layout.units, Stage{1, channels, prepare}, Stage{slices, layout.work(), sums},
                           Stage{1, 4 * slices * channels, combine}, Stage{slices, layout.work(), apply});
         },
-        layout.maps.last, pool, given);
+        layout.last, pool, given);
   });
   return {layout.restored(to_x), to_weight, to_bias, to_mean, to_var};
 }
@@ -325,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_poo
   const std::optional<Tensor> grad_var = optional_dense(grad_var_any);
   const int64_t T = layout.tasks, C = layout.channels, channels = layout.maps.channels, slices = layout.slices;
   const int64_t own = given ? 0 : C, of_given = given ? C : 0;
-  Tensor to_grad = layout.allocate(x, true), to_x = layout.allocate(x, false), to_weight = empty(weight, {T, C});
+  Tensor to_grad = layout.like_y(x), to_x = layout.like_x(x), to_weight = empty(weight, {T, C});
   Tensor to_grad_mean = empty(weight, {T, own}), to_grad_var = empty(weight, {T, own});
   Tensor to_mean = empty(weight, {T, of_given}), to_var = empty(weight, {T, of_given});
   dispatch_full(x.scalar_type(), "x", [&](auto dtype) {
@@ -371,27 +354,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_poo
             const PerChannel<A> to = coefficients.of(unit);
             for (int64_t c = 0; c < channels; ++c) {
               const int64_t k = unit * channels + c;
-              const double w = static_cast<double>(parameters.weight[k]), rstd = parameters.rstd(k), scale = w * rstd;
-              const double s1 = totals[kGrad][c], s2 = totals[kGradCentred][c] * rstd;
-              const double along_m = kGiven ? static_cast<double>(along_mean[k]) : totals[kDirection][c] * share;
-              const double along_v =
-                  kGiven ? static_cast<double>(along_var[k]) : 2 * totals[kDirectionCentred][c] * share;
-              // d rstd = rstd turn
-              const double turn = -0.5 * rstd * rstd * along_v;
-              const double u_scale = (static_cast<double>(along_weight[k]) + w * turn) * rstd;
-              const double for_weight = (totals[kGradDirection][c] - along_m * s1) * rstd + turn * s2;
-              const double for_mean = -u_scale * s1;
-              const double for_var = -0.5 * rstd * ((u_scale + scale * turn) * s2 + scale * for_weight);
-              dw[k] = static_cast<A>(for_weight);
-              to.row(kTurn)[c] = static_cast<A>(u_scale);
-              to.row(kOffset)[c] = static_cast<A>(static_cast<double>(along_bias[k]) - scale * along_m);
-              dm[k] = static_cast<A>(kGiven ? for_mean : along_m);
-              dv[k] = static_cast<A>(kGiven ? for_var : along_v);
-              const double slope =
-                  2 * share * ((of_var ? static_cast<double>(of_var[k]) : 0.0) - 0.5 * scale * rstd * s2);
-              to.row(kSlope)[c] = static_cast<A>(slope);
-              to.row(kBend)[c] = static_cast<A>(2 * share * for_var);
-              to.row(kConstant)[c] = static_cast<A>(share * for_mean - slope * along_m);
+              const NormDirections along{number(along_weight, k), number(along_bias, k),
+                                         kGiven ? number(along_mean, k) : totals[kDirection][c] * share,
+                                         kGiven ? number(along_var, k) : 2 * totals[kDirectionCentred][c] * share};
+              const NormSecond second =
+                  norm_second(static_cast<double>(parameters.weight[k]), parameters.rstd(k), totals[kGrad][c],
+                              totals[kGradCentred][c], totals[kGradDirection][c], along, number(of_var, k), share);
+              dw[k] = static_cast<A>(second.weight);
+              dm[k] = static_cast<A>(kGiven ? second.mean : along.mean);
+              dv[k] = static_cast<A>(kGiven ? second.var : along.var);
+              to.row(kTurn)[c] = static_cast<A>(second.turn);
+              to.row(kOffset)[c] = static_cast<A>(second.offset);
+              to.row(kConstant)[c] = static_cast<A>(second.constant);
+              to.row(kBend)[c] = static_cast<A>(second.bend);
+              to.row(kSlope)[c] = static_cast<A>(second.slope);
             }
           };
           const auto apply = [&](int64_t unit, int64_t slice) {
@@ -402,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_poo
           parallel_stages(layout.units, Stage{1, channels, prepare}, Stage{slices, layout.work(), sums},
                           Stage{1, 8 * slices * channels, combine}, Stage{slices, 2 * layout.work(), apply});
         },
-        layout.maps.last, pool, given);
+        layout.last, pool, given);
   });
   return {layout.restored(to_grad), to_grad_mean, to_grad_var, layout.restored(to_x), to_weight, to_mean, to_var};
 }

@@ -10,7 +10,6 @@ namespace metafast {
 // pairs of rows; the last band of an odd height is a single row.
 struct Maps {
   bool last;
-  bool pool;
   int64_t images, channels, height, width;
   int64_t image_stride;   // from one image of the unit to the next
   int64_t pooled_stride;  // the same in y

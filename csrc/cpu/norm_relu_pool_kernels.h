@@ -7,16 +7,11 @@
 
 template <class A>
 using bits_t = typename VectorOf<A>::bits;
-template <class A>
-struct BytesOf;
-template <>
-struct BytesOf<float> {
-  typedef uint8_t type __attribute__((vector_size(METAFAST_VECTOR_BYTES / sizeof(float))));
-};
-template <>
-struct BytesOf<double> {
-  typedef uint8_t type __attribute__((vector_size(METAFAST_VECTOR_BYTES / sizeof(double))));
-};
+typedef uint8_t bytes_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
+typedef uint8_t bytes_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
+typedef uint16_t shorts_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
+typedef uint16_t shorts_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
+typedef int32_t ints_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
 
 template <class A>
 using lane_t = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
@@ -24,16 +19,28 @@ using lane_t = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 // What stands in `choice` for a window that ReLU leaves nothing of.
 constexpr int kDead = 4;
 
-template <class A>
-METAFAST_HOST_DEVICE bits_t<A> load_choice(const uint8_t* from) {
-  typename BytesOf<A>::type bytes;
+// Bytes to the width of A and back, by steps that are instructions: compilers take one of more apart into scalars.
+METAFAST_HOST_DEVICE VectorOf<float>::bits load_bytes(const uint8_t* from, Tag<float>) {
+  bytes_of_float bytes;
   __builtin_memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, bits_t<A>);
+  return __builtin_convertvector(__builtin_convertvector(bytes, shorts_of_float), VectorOf<float>::bits);
 }
 
-template <class A>
-METAFAST_HOST_DEVICE void store_choice(uint8_t* to, bits_t<A> choice) {
-  const auto bytes = __builtin_convertvector(choice, typename BytesOf<A>::type);
+METAFAST_HOST_DEVICE VectorOf<double>::bits load_bytes(const uint8_t* from, Tag<double>) {
+  bytes_of_double bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  const auto ints = __builtin_convertvector(__builtin_convertvector(bytes, shorts_of_double), ints_of_double);
+  return __builtin_convertvector(ints, VectorOf<double>::bits);
+}
+
+METAFAST_HOST_DEVICE void store_bytes(uint8_t* to, VectorOf<float>::bits values) {
+  const auto bytes = __builtin_convertvector(__builtin_convertvector(values, shorts_of_float), bytes_of_float);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
+METAFAST_HOST_DEVICE void store_bytes(uint8_t* to, VectorOf<double>::bits values) {
+  const auto shorts = __builtin_convertvector(__builtin_convertvector(values, ints_of_double), shorts_of_double);
+  const auto bytes = __builtin_convertvector(shorts, bytes_of_double);
   __builtin_memcpy(to, &bytes, sizeof bytes);
 }
 
@@ -61,11 +68,11 @@ struct Whole {
   }
   template <class A>
   METAFAST_HOST_DEVICE bits_t<A> read_choice(const uint8_t* from) const {
-    return load_choice<A>(from);
+    return load_bytes(from, Tag<A>{});
   }
   template <class A>
   METAFAST_HOST_DEVICE void write_choice(uint8_t* to, bits_t<A> value) const {
-    store_choice<A>(to, value);
+    store_bytes(to, value);
   }
   template <class A>
   METAFAST_HOST_DEVICE vector_t<A> only(vector_t<A> value) const {

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "arguments.h"
+#include "conv_block_arguments.h"
 #include "cuda/groups.cuh"
 #include "cuda/tensors.cuh"
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metafast.backbones import update_running_statistics
 from metafast.data import Episodes, TaskSampler
 
 #: How long a rank waits for another one that is alive but does not answer; a dead one is noticed at once.
@@ -273,23 +274,15 @@ def _synchronised_forward(norm: _BatchNorm, group: Ranks, inputs: Tensor) -> Ten
         mean, square = mean / total, square / total
         variance = (square - mean.square()).clamp_min(0)
         if norm.track_running_stats:
-            _update_running(norm, mean.detach(), variance.detach() * total / (total - 1).clamp_min(1))
+            update_running_statistics(
+                norm, mean.detach(), variance.detach() * total / (total - 1).clamp_min(1)
+            )
         scale = (variance + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
         shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
         shape = [1, features] + [1] * (values.dim() - 2)
         scale, shift = (value.to(values.dtype).view(shape) for value in (scale, shift))
         return torch.addcmul(shift, values, scale).to(inputs.dtype)
-
-
-@torch.no_grad()
-def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked or 1) if norm.momentum is None else norm.momentum
-    for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-        if running is not None:
-            running.lerp_(value.to(running.dtype), momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):
