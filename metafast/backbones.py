@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metafast._check import autocasts
+from metafast.conv_block import conv_norm_relu_pool
 from metafast.norm_relu_pool import norm_relu_pool
 
 
 class _Block(nn.Sequential):
-    """3x3 convolution, BatchNorm, ReLU, 2x2 max-pool: the last three in one operator where they are just these."""
+    """3x3 convolution, BatchNorm, ReLU, 2x2 max-pool: in one operator, or the last three, where they are just these."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(
@@ -22,21 +26,53 @@ class _Block(nn.Sequential):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own."""
         convolution, norm, relu, pool = self
-        maps = convolution(images)
-        # Another layer in its place, or another forward as in training on several ranks; nothing to take statistics of.
-        if type(norm) is not nn.BatchNorm2d or "forward" in vars(norm) or maps.shape[0] == 0:
-            return pool(relu(norm(maps)))
-        updates = norm.training and norm.track_running_stats and norm.running_mean is not None
-        # Under a transform of torch.func only torch's own operator may change what it has not been given.
-        if updates and peek_interpreter_stack() is not None:
-            return pool(relu(norm(maps)))
-        given = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-        y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
+        lead, own = images.shape[:-4], images.flatten(0, -4)
+        batch = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+        # Another layer in its place; nothing to take statistics of; another forward, as in training on several ranks.
+        if type(norm) is nn.BatchNorm2d and own.shape[0] > 0 and (lead or "forward" not in vars(norm)):
+            updates = norm.training and norm.track_running_stats and norm.running_mean is not None
+            # Under a transform of torch.func only torch's own operator may change what it has not been given.
+            if not updates or peek_interpreter_stack() is None:
+                return self._fused(convolution, norm, images, batch, updates)
+        if lead and batch:
+            raise ValueError(
+                f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
+            )
+        y: Tensor = pool(relu(norm(convolution(own))))
+        return y.unflatten(0, images.shape[:-3])
+
+    @staticmethod
+    def _fused(
+        convolution: nn.Module, norm: nn.BatchNorm2d, images: Tensor, batch: bool, updates: bool
+    ) -> Tensor:
+        given = (None, None) if batch else (norm.running_mean, norm.running_var)
+        if _is_cheap(convolution, images) and norm.affine:
+            y, mean, var = conv_norm_relu_pool(
+                images, convolution.weight, convolution.bias, norm.weight, norm.bias, *given, eps=norm.eps
+            )
+        else:
+            maps = convolution(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+            y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
         if updates:
-            count = maps.numel() // maps.shape[1]
-            update_running_statistics(norm, mean.detach(), var.detach() * (count / max(count - 1, 1)))
+            count = images.shape[-4] * images.shape[-2] * images.shape[-1]
+            unbiased = var.detach() * (count / max(count - 1, 1))
+            update_running_statistics(
+                norm, *(value.reshape(-1, value.shape[-1]).mean(0) for value in (mean.detach(), unbiased))
+            )
         return y
+
+
+def _is_cheap(convolution: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether the convolution costs less to compute again than its output to store, and is torch's own."""
+    return (
+        type(convolution) is nn.Conv2d
+        and "forward" not in vars(convolution)
+        and convolution.in_channels <= 4
+        and not images.requires_grad
+        and (images.dtype == convolution.weight.dtype or autocasts(images))
+    )
 
 
 @torch.no_grad()
@@ -57,9 +93,14 @@ class Conv4(nn.Module):
     channels 64 features for 28 x 28 images and 1,600 for 84 x 84. Parameters are named as in the common
     reference code (``encoder.0.0.weight`` is the first convolution, ``encoder.0.1.weight`` its BatchNorm).
 
-    BatchNorm, ReLU and pooling are one operator (:func:`metafast.norm_relu_pool`), so that forward hooks on these
-    layers are not called. The weights lie in channels-last order in memory, and so do the maps between the layers.
-    Images may come in either order.
+    Leading dimensions before n are tasks: ``[T, n, in_channels, H, W] -> [T, n, features]``. BatchNorm layers that
+    normalise by statistics of the batch take those of each task's n images then, and their running statistics
+    follow the mean over the tasks.
+
+    BatchNorm, ReLU and pooling are one operator (:func:`metafast.norm_relu_pool`), and the first block is one with
+    its convolution (:func:`metafast.conv_norm_relu_pool`), so that forward hooks on these layers are not called. The
+    weights lie in channels-last order in memory, and so do the maps between the layers. Images may come in either
+    order.
 
     Sources: Vinyals et al., "Matching Networks for One Shot Learning" (2016); Snell et al., "Prototypical
     Networks for Few-shot Learning" (2017).
@@ -100,13 +141,13 @@ class Conv4(nn.Module):
         return self.channels * (height // 16) * (width // 16)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(f"images: expected [n, {self.in_channels}, H, W], got {list(images.shape)}")
+        if images.dim() < 4 or images.shape[-3] != self.in_channels:
+            raise ValueError(f"images: expected [..., n, {self.in_channels}, H, W], got {list(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images: expected a floating point tensor, got {images.dtype}")
-        self.features(images.shape[2], images.shape[3])
+        self.features(images.shape[-2], images.shape[-1])
         features: Tensor = self.encoder(images)
-        return features.flatten(1)
+        return features.flatten(-3)
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, channels={self.channels}"

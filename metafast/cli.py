@@ -306,6 +306,11 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
     number: dict[str, Any] = {"type": _positive_float, "metavar": "X"}
     add("--channels", "channels of the Conv4 encoder (default: 64)", type=_positive_int, metavar="N")
+    add(
+        "--episode-statistics",
+        "in training, BatchNorm normalises each episode by its own images, not by those of all episodes of a step",
+        action=_Switch,
+    )
     add("--metric", "distance to the prototypes (default: sqeuclidean)", choices=METRICS)
     add(
         "--temperature",

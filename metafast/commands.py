@@ -419,7 +419,8 @@ def _introduction(options: Options, data: _Data, device: torch.device) -> str:
     group = ranks()
     processes = f"{group.count} processes, " if group.count > 1 else ""
     if "channels" in METHODS[options.method].options:
-        network, norm = f"Conv4-{options.channels}", "batch statistics in BatchNorm, "
+        whose = "each episode's" if options.episode_statistics else "batch"
+        network, norm = f"Conv4-{options.channels}", f"{whose} statistics in BatchNorm, "
     else:
         network, norm = f"hidden layers of {' '.join(map(str, options.hidden))}", ""
     return (

@@ -46,12 +46,13 @@ def _encoder(settings: Settings) -> Conv4:
 
 
 def _protonet(settings: Settings) -> ProtoNet:
-    names = ("metric", "temperature", "learn_temperature")
-    return ProtoNet(_encoder(settings), *(settings[name] for name in names))
+    names = ("metric", "temperature", "learn_temperature", "episode_statistics")
+    return ProtoNet(_encoder(settings), **{name: settings[name] for name in names})
 
 
 def _r2d2(settings: Settings) -> R2D2:
-    return R2D2(_encoder(settings), settings["regularisation"], settings["scale"])
+    names = ("regularisation", "scale", "episode_statistics")
+    return R2D2(_encoder(settings), **{name: settings[name] for name in names})
 
 
 def _anil(settings: Settings) -> ANIL:
@@ -64,6 +65,7 @@ def _anil(settings: Settings) -> ANIL:
         settings["inner_steps"],
         learn_lr=settings["learn_inner_lr"],
         first_order=settings["first_order"],
+        episode_statistics=settings["episode_statistics"],
     )
 
 
@@ -82,6 +84,7 @@ def _mlp(settings: Settings) -> MAML:
     )
 
 
+_CONV4_OPTIONS: dict[str, Any] = {"channels": 64, "episode_statistics": False}
 _MLP_OPTIONS: dict[str, Any] = {
     "hidden": None,
     "activation": "relu",
@@ -95,16 +98,16 @@ _MLP_OPTIONS: dict[str, Any] = {
 METHODS = {
     "protonet": Method(
         _protonet,
-        {"channels": 64, "metric": "sqeuclidean", "temperature": None, "learn_temperature": False},
+        {**_CONV4_OPTIONS, "metric": "sqeuclidean", "temperature": None, "learn_temperature": False},
     ),
     "anil": Method(
         _anil,
-        {"channels": 64, "inner_lr": 0.1, "inner_steps": 5, "learn_inner_lr": False, "first_order": False},
+        {**_CONV4_OPTIONS, "inner_lr": 0.1, "inner_steps": 5, "learn_inner_lr": False, "first_order": False},
         tasks=16,
         train_ways=5,
         head=True,
     ),
-    "r2d2": Method(_r2d2, {"channels": 64, "regularisation": 50.0, "scale": 10.0}),
+    "r2d2": Method(_r2d2, {**_CONV4_OPTIONS, "regularisation": 50.0, "scale": 10.0}),
     "maml": Method(_mlp, _MLP_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
     "metasgd": Method(_mlp, _MLP_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
 }

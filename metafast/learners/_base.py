@@ -13,23 +13,30 @@ from metafast.learners.outcome import Outcome
 
 
 class EncoderLearner(nn.Module):
-    """A learner that compares or classifies the features of an encoder ``[n, ...] -> [n, d]``."""
+    """A learner that compares or classifies the features of an encoder ``[n, ...] -> [n, d]``.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    With ``episode_statistics`` the encoder gets ``[T, n, ...]`` and gives ``[T, n, d]``, as :class:`metafast.Conv4`
+    does: BatchNorm layers that normalise by statistics of the batch take those of each episode then.
+    """
+
+    def __init__(self, encoder: nn.Module, episode_statistics: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
+        self.episode_statistics = episode_statistics
 
     def embed(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Features ``(support [T, n, d], query [T, m, d])`` from one call of the encoder."""
         support_x, query_x = episodes.support_x, episodes.query_x
         tasks, rows = support_x.shape[0], support_x.shape[1] + query_x.shape[1]
-        images = torch.cat([support_x, query_x], dim=1).flatten(0, 1)
-        features: Tensor = self.encoder(images)
-        if features.dim() != 2 or features.shape[0] != tasks * rows:
-            raise ValueError(f"encoder: expected features [{tasks * rows}, d], got {list(features.shape)}")
+        images = torch.cat([support_x, query_x], dim=1)
+        lead = (tasks, rows) if self.episode_statistics else (tasks * rows,)
+        features: Tensor = self.encoder(images if self.episode_statistics else images.flatten(0, 1))
+        if features.shape[:-1] != lead:
+            wanted = ", ".join(map(str, lead))
+            raise ValueError(f"encoder: expected features [{wanted}, d], got {list(features.shape)}")
         if features.dtype in (torch.float16, torch.bfloat16):
             features = features.float()
-        support, query = features.reshape(tasks, rows, features.shape[1]).split(
+        support, query = features.reshape(tasks, rows, features.shape[-1]).split(
             [support_x.shape[1], query_x.shape[1]], dim=1
         )
         return support, query

@@ -35,6 +35,7 @@ class ANIL(EncoderLearner):
         steps: K, 0 or more.
         learn_lr: make the rate a parameter.
         first_order: take the gradients of the steps for constants.
+        episode_statistics: see :class:`ProtoNet`.
 
     Raises:
         TypeError: sizes that are no ints.
@@ -51,8 +52,9 @@ class ANIL(EncoderLearner):
         *,
         learn_lr: bool = False,
         first_order: bool = False,
+        episode_statistics: bool = False,
     ) -> None:
-        super().__init__(encoder)
+        super().__init__(encoder, episode_statistics)
         require_sizes(features=features, ways=ways)
         require_positive(lr, "lr")
         _check.count(steps, "steps")

@@ -25,7 +25,8 @@ class ProtoNet(EncoderLearner):
     Support and query images of all tasks go through the encoder in one call of ``T * (n + m)`` images. So
     BatchNorm layers of the encoder normalise by the statistics of that whole batch in training mode, and by
     the running statistics in evaluation mode (:func:`metafast.training.evaluate` can switch to those of each
-    episode). The encoder may run under autocast; distances and loss are always float32 or float64.
+    episode); with ``episode_statistics`` by those of each episode in training mode too. The encoder may run under
+    autocast; distances and loss are always float32 or float64.
 
     Source: Snell, Swersky, Zemel, "Prototypical Networks for Few-shot Learning" (2017).
 
@@ -34,10 +35,12 @@ class ProtoNet(EncoderLearner):
         metric: ``"sqeuclidean"`` (the paper's), ``"euclidean"``, ``"cityblock"`` or ``"cosine"``.
         temperature: positive factor of the distances; cosine distances need one of about 10 to train well.
         learn_temperature: make the temperature a parameter (``log_temperature``, so that it stays positive).
+        episode_statistics: hand the encoder ``[T, n + m, ...]``, for ``[T, n + m, d]``, as :class:`metafast.Conv4`
+            takes them, so that BatchNorm layers that use statistics of the batch use those of each episode.
 
     Raises:
         ValueError: an unknown metric or a temperature that is not positive and finite; in the call, features
-            that are not ``[T * (n + m), d]``.
+            that are not ``[T * (n + m), d]``, or ``[T, n + m, d]``.
     """
 
     def __init__(
@@ -46,8 +49,10 @@ class ProtoNet(EncoderLearner):
         metric: str = "sqeuclidean",
         temperature: float = 1.0,
         learn_temperature: bool = False,
+        *,
+        episode_statistics: bool = False,
     ) -> None:
-        super().__init__(encoder)
+        super().__init__(encoder, episode_statistics)
         if metric not in METRICS:
             raise ValueError(f"metric: expected {', '.join(METRICS[:-1])} or {METRICS[-1]}, got {metric!r}")
         require_positive(temperature, "temperature")

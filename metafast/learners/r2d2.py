@@ -31,14 +31,22 @@ class R2D2(EncoderLearner):
         encoder: ``[n, ...] -> [n, d]``.
         regularisation: initial :math:`\lambda`.
         scale: initial s.
+        episode_statistics: see :class:`ProtoNet`.
 
     Raises:
         ValueError: numbers that are not positive and finite; in the call, regression tasks, and features that are not
             ``[T * (n + m), d]``.
     """
 
-    def __init__(self, encoder: nn.Module, regularisation: float = 50.0, scale: float = 10.0) -> None:
-        super().__init__(encoder)
+    def __init__(
+        self,
+        encoder: nn.Module,
+        regularisation: float = 50.0,
+        scale: float = 10.0,
+        *,
+        episode_statistics: bool = False,
+    ) -> None:
+        super().__init__(encoder, episode_statistics)
         require_positive(regularisation, "regularisation")
         require_positive(scale, "scale")
         self.log_regularisation = nn.Parameter(torch.tensor(math.log(regularisation)))

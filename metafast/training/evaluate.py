@@ -365,7 +365,8 @@ def each_outcome(
                     batch = batch[: count - done]
                 batch = batch.to(device)
                 # Statistics of one episode at a time, or the result would depend on how many share a batch.
-                alone = bool(norms) and batch_norm == "transductive"
+                own = getattr(learner, "episode_statistics", False)
+                alone = bool(norms) and batch_norm == "transductive" and not own
                 for part in [batch[task] for task in range(batch.tasks)] if alone else [batch]:
                     take(part, learner(part) if group.takes(number) else None)
                 done += batch.tasks

@@ -318,8 +318,10 @@ class _Run:
         self.on_step = on_step
         self.ranks = ranks()
         norms = list(batch_norm_layers(learner).values()) if self.ranks.count > 1 else []
-        self.synchronised_norms = norms if sync_batch_norm else []
-        self.step_sum = StepSum(learner, self.ranks, [] if sync_batch_norm else _running_statistics(norms))
+        # An episode, whose own statistics they may be, is on one rank.
+        shared = sync_batch_norm and not getattr(learner, "episode_statistics", False)
+        self.synchronised_norms = norms if shared else []
+        self.step_sum = StepSum(learner, self.ranks, [] if shared else _running_statistics(norms))
         # Buffers that hold infinity on purpose, such as attention masks, are no broken weights.
         self.masks = {
             n for n, b in learner.named_buffers() if b.is_floating_point() and not bool(b.isfinite().all())
