@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metafast.backbones import Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, ImageClasses, glyphs
 from metafast.learners import Outcome, ProtoNet
 from metafast.training import evaluate, fit
@@ -91,6 +92,13 @@ def norm(folder: Path) -> Any:
 
 def local_norm(folder: Path) -> Any:
     return trained(learner(norm=True), sampler(), sync_batch_norm=False)
+
+
+def episode_norm(folder: Path) -> Any:
+    """BatchNorm normalises each episode by its own images, wherever it is."""
+    torch.manual_seed(0)
+    net = ProtoNet(Conv4(1, 4), episode_statistics=True)
+    return trained(net, sampler(), batch_norm="transductive")
 
 
 def clipped(folder: Path) -> Any:
@@ -288,7 +296,9 @@ def main(folder: Path) -> None:
     # All that torch imports at the first use, which the forks then have.
     trained(learner(), sampler(), steps=1)
     gc.freeze()
-    for scenario in (plain, unequal, varying, norm, clipped, float16, norm_of_single_tasks, evaluation):
+    for scenario in (
+        plain, unequal, varying, norm, clipped, float16, norm_of_single_tasks, episode_norm, evaluation,
+    ):  # fmt: skip
         for count in (1, 2):
             in_group(scenario, folder, count)
     for scenario in (unequal, norm, evaluation):

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
 
 from metafast.backbones import Conv4
 from metafast.data import Episodes, SinusoidSampler
-from metafast.learners import ANIL, MAML, R2D2
+from metafast.learners import ANIL, MAML, R2D2, ProtoNet
 
 
 def classes(tasks=3, ways=3, shots=2, queries=4, shape=(5,), seed=0):
@@ -111,6 +111,26 @@ def test_maml_flattens_images_and_takes_other_steps():
     learner.steps = 20
     with torch.no_grad():
         assert learner(flat).loss.isfinite() and not torch.equal(learner(flat).logits, before)
+
+
+@pytest.mark.parametrize("method", [ANIL, R2D2, ProtoNet])
+def test_episode_statistics_make_episodes_independent(method):
+    """A batch of episodes gives what each gives alone, in training mode with BatchNorm."""
+    torch.manual_seed(0)
+    extra = (4, 3) if method is ANIL else ()
+    learner = method(Conv4(1, 4), *extra, episode_statistics=True).double().train()
+    episodes = classes(shape=(1, 16, 16))
+    together = learner(episodes).logits
+    alone = torch.cat([learner(episodes[task]).logits for task in range(episodes.tasks)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
+    learner.episode_statistics = False
+    assert not torch.allclose(learner(episodes).logits, together, rtol=1e-3)
+
+
+def test_an_encoder_that_does_not_know_episodes():
+    learner = ProtoNet(nn.Flatten(), episode_statistics=True)
+    with pytest.raises(ValueError, match=r"encoder: expected features \[3, 18, d\], got \[3, 90\]"):
+        learner(classes())
 
 
 def test_initial_weights_and_rates():

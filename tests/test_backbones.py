@@ -124,6 +124,54 @@ def test_under_a_transform():
             torch.testing.assert_close(ours[k], theirs, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("in_channels", [1, 5])
+@pytest.mark.parametrize("training", [True, False])
+def test_tasks_have_statistics_of_their_own(in_channels, training):
+    """Features and gradients are those of a loop over the tasks; running statistics follow the mean over them."""
+    torch.manual_seed(0)
+    encoder = Conv4(in_channels, 4).double().train(training)
+    together, alone = deepcopy(encoder), [deepcopy(encoder) for _ in range(3)]
+    images = torch.rand(3, 4, in_channels, 16, 20, dtype=torch.float64)
+    weight = torch.rand(3, 4, 4, dtype=torch.float64)
+    features = together(images)
+    each = torch.stack([network(own) for network, own in zip(alone, images, strict=True)])
+    torch.testing.assert_close(features, each, rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad((features * weight).sum(), tuple(together.parameters()))
+    parts = [
+        torch.autograd.grad((own * w).sum(), tuple(network.parameters()), retain_graph=True)
+        for own, w, network in zip(each, weight, alone, strict=True)
+    ]
+    for ours, *theirs in zip(found, *parts, strict=True):
+        torch.testing.assert_close(ours, sum(theirs), rtol=1e-8, atol=1e-10)
+    for ours, *theirs in zip(together.buffers(), *(network.buffers() for network in alone), strict=True):
+        wanted = torch.stack(theirs).double().mean(0).to(ours.dtype)
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=0)
+
+
+def test_images_with_a_gradient():
+    """The first block is another one then."""
+    torch.manual_seed(0)
+    encoder = Conv4(1, 4).double()
+    found = []
+    for network in (encoder, plain(encoder)):
+        images = (
+            torch.linspace(0, 1, 2 * 400, dtype=torch.float64).sin().reshape(2, 1, 20, 20).requires_grad_()
+        )
+        found.append(torch.autograd.grad(network(images).square().sum(), images)[0])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+def test_tasks_need_a_batch_norm_that_knows_them():
+    encoder = Conv4(1, 4)
+    encoder.encoder[0][1] = torch.nn.SyncBatchNorm(4)
+    with pytest.raises(ValueError, match=r"images: expected \[n, planes, H, W\] for SyncBatchNorm"):
+        encoder(torch.rand(2, 3, 1, 16, 16))
+    for block in encoder.encoder:
+        block[1] = torch.nn.GroupNorm(2, 4)
+    images = torch.rand(2, 3, 1, 16, 16)
+    torch.testing.assert_close(encoder(images).flatten(0, 1), encoder(images.flatten(0, 1)))
+
+
 def test_bfloat16_and_autocast():
     torch.manual_seed(0)
     encoder = Conv4(1, 8)
@@ -171,8 +219,12 @@ def test_bad_sizes(arguments, error, message):
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(1, 28, 28), ValueError, r"images: expected \[n, 1, H, W\], got \[1, 28, 28\]"),
-        (torch.zeros(2, 3, 28, 28), ValueError, r"images: expected \[n, 1, H, W\], got \[2, 3, 28, 28\]"),
+        (torch.zeros(1, 28, 28), ValueError, r"images: expected \[\.\.\., n, 1, H, W\], got \[1, 28, 28\]"),
+        (
+            torch.zeros(2, 3, 28, 28),
+            ValueError,
+            r"images: expected \[\.\.\., n, 1, H, W\], got \[2, 3, 28, 28\]",
+        ),
         (torch.zeros(2, 1, 28, 15), ValueError, "images: expected at least 16 x 16, got 28 x 15"),
         (
             torch.zeros(2, 1, 28, 28, dtype=torch.uint8),

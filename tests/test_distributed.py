@@ -60,6 +60,7 @@ def assert_same_weights(one: Results, other: Results) -> None:
         ("norm", 3),
         ("clipped", 2),
         ("norm_of_single_tasks", 2),
+        ("episode_norm", 2),
         ("other_weights", 2),
     ],
 )
