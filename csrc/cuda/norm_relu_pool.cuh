@@ -61,6 +61,11 @@ struct NormCell {
   bool there[kPixels];
   int64_t y;
   bool whole;
+
+  // Not x[p], which would put the array into local memory.
+  __device__ __forceinline__ int64_t pixel(const NormMaps& maps, int p) const {
+    return x[0] + (p / 2 * maps.x.row + p % 2 * maps.x.pixel);
+  }
 };
 
 // body(cell) for the thread's cells.
@@ -261,8 +266,8 @@ __global__ void __launch_bounds__(kThreads)
     const A g = upstream.template operator()<Pool>(cell, &own, normal, which);
     if (which == kDead) return;
     grad += g;
-    centred =
-        std::fma(g, (Pool ? static_cast<A>(x[cell.x[which % NormCell<Pool>::kPixels]]) : own) - normal.mean, centred);
+    const A value = Pool ? static_cast<A>(x[cell.pixel(maps, which)]) : own;
+    centred = std::fma(g, value - normal.mean, centred);
   });
   grad = channel_sum(maps.last, grad);
   centred = channel_sum(maps.last, centred);
@@ -349,7 +354,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // partial [5][slices][T, C]: sums of g, g (x - mean), u, u (x - mean) and g u for directions u.
 template <class A, bool Pool>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     norm_vjp_vjp_sums_kernel(NormMaps maps, const A* __restrict__ x, const A* __restrict__ u,
                              NormParameters<A> parameters, NormUpstream<A> upstream, A* __restrict__ partial) {
   constexpr int P = NormCell<Pool>::kPixels;
@@ -398,7 +403,7 @@ struct NormVjpVjpResults {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     norm_vjp_vjp_combine_kernel(NormMaps maps, const A* __restrict__ partial, NormParameters<A> parameters,
                                 NormVjpVjpArguments<A> from, NormVjpVjpResults<A> to) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + warp_index(), channels = maps.all_channels();
