@@ -206,7 +206,7 @@ def test_autocast_and_memory_format() -> None:
     assert torch.equal(last.bfloat16(), y) or float((last - y.float()).abs().max()) < 0.05
 
 
-def test_many_bands(kernels: torch.device) -> None:
+def test_several_bands(kernels: torch.device) -> None:
     """Images larger than what a block of threads keeps, with a row more than windows."""
     assert_same(*both(arguments((1, 3, 41, 90, 2)), kernels), 1e-11)
 

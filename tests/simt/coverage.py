@@ -26,12 +26,14 @@ TESTS = (
     "tests/test_mlp.py",
     "tests/test_ridge.py",
     "tests/test_conv_block.py",
+    "tests/test_norm_relu_pool.py",
 )
 #: Not those that only repeat what others reach: in more orders, at more points, with every combination of options.
 SELECTION = "not emulated-reverse and not emulated-random and not FiniteDifferences and not test_every_option"
 #: (file, a part of the line) -> why no test reaches it.
 EXPLAINED: Mapping[tuple[str, str], str] = {
     ("csrc/cuda/rows.cuh", "return pair.sum"): "inner products are wanted in parts alone",
+    ("csrc/cuda/norm_relu_pool.cu", "too many pixels"): "needs more than 2^31 windows",
     ("csrc/cuda/features.cuh", "too many tasks and rows for one call"): "needs more than 2^31 blocks",
 }
 

@@ -26,10 +26,12 @@ TESTS = (
     "tests/test_errors.py",
     "tests/test_derivatives.py",
     "tests/test_mlp.py",
+    "tests/test_norm_relu_pool.py",
 )
 #: The tests that reach most of the kernels come first; the rest only runs for what they let through.
 FIRST = "emulated and (test_dtypes or test_large or test_many_tasks or test_layouts or TestBadLabels)"
 OF_MLP = "emulated and (test_rates or test_bad_label or (adapted_mlp and (test_dtypes or test_large)))"
+OF_NORM = "emulated-forward and (test_every_shape or test_the_pattern or test_statistics)"
 SWITCH = """#pragma once
 #include <cstdlib>
 inline const int chosen_mutant = std::getenv("METAFAST_MUTANT") ? std::atoi(std::getenv("METAFAST_MUTANT")) : 0;
@@ -446,6 +448,57 @@ MUTANTS = (
         "ridge.cuh",
         "to.solution[t * n * C + k] = -b[k];",
         "to.solution[t * n * C + k] = ON ? b[k] : -b[k];",
+    ),
+    # norm_relu_pool.cuh
+    Mutant(
+        "norm: the last of equal pixels",
+        "norm_relu_pool.cuh",
+        "if (z > best || z != z)",
+        "if (z > best || (ON && z == best) || z != z)",
+        first=OF_NORM,
+    ),
+    Mutant(
+        "norm: the odd column is left out of the statistics",
+        "norm_relu_pool.cuh",
+        "2 * column + p % 2 < maps.width);",
+        "2 * column + p % 2 < maps.width - (ON ? maps.width % 2 : 0));",
+        first=OF_NORM,
+    ),
+    Mutant(
+        "norm: cells of a thread are merged without the distance of their means",
+        "norm_relu_pool.cuh",
+        "square = std::fma(apart * apart, count * part, square);",
+        "square = std::fma(apart * apart, ON ? A(0) : count * part, square);",
+        first=OF_NORM,
+    ),
+    Mutant(
+        "norm: slices are merged without the distance of their means",
+        "norm_relu_pool.cuh",
+        "+ count(s) * apart * apart;",
+        "+ (ON ? 0 : count(s)) * apart * apart;",
+        first=OF_NORM,
+    ),
+    Mutant(
+        "norm: the sums do not wait for those before",
+        "norm_relu_pool.cuh",
+        "  if (!last) value = warp_sum(value);\n  __syncthreads();",
+        "  if (!last) value = warp_sum(value);\n  if (!ON) __syncthreads();",
+        "race",
+        first=OF_NORM,
+    ),
+    Mutant(
+        "norm: ReLU's derivative at 0",
+        "norm_relu_pool.cuh",
+        "(normal(x[0]) <= floor ? kDead : 0)",
+        "((ON ? normal(x[0]) < floor : normal(x[0]) <= floor) ? kDead : 0)",
+        first=OF_NORM,
+    ),
+    Mutant(
+        "norm: the second derivative without the turn of the scale",
+        "norm_relu_pool.cuh",
+        "A own = which == p ? g * turn : A(0);",
+        "A own = which == p ? (ON ? g * normal.scale : g * turn) : A(0);",
+        first=OF_NORM,
     ),
     # block_products.cuh
     Mutant(
