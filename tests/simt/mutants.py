@@ -26,11 +26,15 @@ TESTS = (
     "tests/test_errors.py",
     "tests/test_derivatives.py",
     "tests/test_mlp.py",
+    "tests/test_conv_block.py",
     "tests/test_norm_relu_pool.py",
 )
 #: The tests that reach most of the kernels come first; the rest only runs for what they let through.
 FIRST = "emulated and (test_dtypes or test_large or test_many_tasks or test_layouts or TestBadLabels)"
 OF_MLP = "emulated and (test_rates or test_bad_label or (adapted_mlp and (test_dtypes or test_large)))"
+OF_CONV = (
+    "emulated-forward and (test_values_and_gradients or test_several_bands or test_nan_and or test_plain)"
+)
 OF_NORM = "emulated-forward and (test_every_shape or test_the_pattern or test_statistics)"
 SWITCH = """#pragma once
 #include <cstdlib>
@@ -448,6 +452,80 @@ MUTANTS = (
         "ridge.cuh",
         "to.solution[t * n * C + k] = -b[k];",
         "to.solution[t * n * C + k] = ON ? b[k] : -b[k];",
+    ),
+    # conv_block.cuh
+    Mutant(
+        "conv: the border of a band is not the image's",
+        "conv_block.cuh",
+        "const bool inside = i >= 0 && i < shape.height",
+        "const bool inside = i >= 0 && i < shape.height - (ON ? 1 : 0)",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: a band begins a row late",
+        "conv_block.cuh",
+        "first = 2 * band * bands.height - 1;",
+        "first = 2 * band * bands.height - (ON && band > 0 ? 0 : 1);",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: the weights of the first group",
+        "conv_block.cuh",
+        "const int64_t own = k / kernel.group_images * shape.channels;\n  for_each_result<A>(bands, band, image, "
+        "[&](int64_t window, const A* corner, int64_t c) {\n    const A* weight",
+        "const int64_t own = (ON ? 0 : k / kernel.group_images) * shape.channels;\n  for_each_result<A>(bands, "
+        "band, image, [&](int64_t window, const A* corner, int64_t c) {\n    const A* weight",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: NaN loses its window",
+        "conv_block.cuh",
+        "if (q > 0 && !(value > best) && value == value) continue;",
+        "if (q > 0 && !(value > best) && (ON || value == value)) continue;",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: ReLU's derivative below 0",
+        "conv_block.cuh",
+        "static_cast<uint8_t>(nothing ? kNothing : kept);",
+        "static_cast<uint8_t>(nothing && !ON ? kNothing : kept);",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: the sums of one warp alone",
+        "conv_block.cuh",
+        "for (int w = 0; w < kWarps; ++w) sum += sums[w * kWarp + lane_index()];",
+        "for (int w = 0; w < (ON ? 1 : kWarps); ++w) sum += sums[w * kWarp + lane_index()];",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: the sums do not wait for those before",
+        "conv_block.cuh",
+        "to[e < 9 ? c * K + plane * 9 + e : C * K + c] = sum;\n        }\n        __syncthreads();",
+        "to[e < 9 ? c * K + plane * 9 + e : C * K + c] = sum;\n        }\n        if (!ON) __syncthreads();",
+        "race",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: the gradient's plane",
+        "conv_block.cuh",
+        "const A* pixel = image + plane * bands.plane() + i",
+        "const A* pixel = image + (ON ? 0 : plane) * bands.plane() + i",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: moments without the last row of an odd image",
+        "conv_block.cuh",
+        "((shape.height + 1) / 2 + height - 1) / height};",
+        "((shape.height + (ON ? 0 : 1)) / 2 + height - 1) / height};",
+        first=OF_CONV,
+    ),
+    Mutant(
+        "conv: the moments are not centred",
+        "conv_block.cuh",
+        "products[k] / count - first * second;",
+        "products[k] / count - (ON ? 0.0 : first * second);",
+        first=OF_CONV,
     ),
     # norm_relu_pool.cuh
     Mutant(
