@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import episodes, inner_mlp, peers
+from benchmarks import encoder, episodes, inner_mlp, peers
 from metafast import (
     adapted_logits,
     pairwise_distance,
@@ -158,6 +158,8 @@ class Case:
     #: Episodes that a call builds.
     episodes: int = 0
     quick: bool = False
+    #: Of its results' errors; larger where roundings choose between pixels.
+    tolerance: float = TOLERANCE
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -764,6 +766,111 @@ def omniglot_case(steps: int, gate: float, stretch: float) -> Case:
 _CDIST_HEADS = ("torch.cdist, one-hot means", "torch.cdist, index_add means")
 _ONE = torch.ones(1, 1, 1)
 
+
+def in_channels_last(function: Callable[..., Tensor], inputs: Inputs) -> Call:
+    """With maps whose channels lie last in memory."""
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    return forward_backward(function, inputs.each(turned))
+
+
+def maps_case(size: int, goals: tuple[Goal, ...]) -> Case:
+    sizes = encoder.MapSizes(size=size)
+    numbers = sizes.images * sizes.channels * size * size
+    return Case(
+        name=f"norm-relu-pool-{size}",
+        title=f"batch norm, ReLU and pooling, 360 x 64 x {size} x {size}",
+        sizes=sizes,
+        tiny=encoder.MapSizes(3, 5, 7),
+        inputs=lambda sizes: Inputs(*encoder.maps(sizes)),
+        check=against_float64(encoder.plain_norm),
+        variants=(
+            Variant(OURS, encoder.fused_norm, prepare=in_channels_last),
+            Variant("metafast, contiguous", encoder.fused_norm),
+            Variant("eager", encoder.plain_norm),
+            Variant("eager, channels last", encoder.plain_norm, prepare=in_channels_last),
+            Variant("torch.compile", encoder.plain_norm, compiled=True),
+        ),
+        goals=goals,
+        # Maps read twice forward and twice backward, their gradient written; results, choices and gradients of results.
+        traffic=numbers * (5 * FLOAT_BYTES) + numbers // 4 * (3 * FLOAT_BYTES + 3),
+    )
+
+
+def _without_shift(prepare: Callable[..., Call]) -> Callable[..., Call]:
+    """Not the gradient of the convolution's bias, which is 0 but for roundings."""
+
+    def prepared(function: Callable[..., Tensor], inputs: Inputs) -> Call:
+        call = prepare(function, inputs)
+        return lambda: encoder.of_no_shift(call())
+
+    return prepared
+
+
+def block_check(inputs: Inputs) -> Callable[[Any], float]:
+    expected = [t.detach() for t in _without_shift(forward_backward)(encoder.plain_block, inputs.double())()]
+    return lambda results: relative_error(results, expected)
+
+
+def block_case() -> Case:
+    sizes = encoder.MapSizes()
+    windows = sizes.images * sizes.channels * (sizes.size // 2) ** 2
+    return Case(
+        name="conv-block-28",
+        title="first block of Conv4-64, 360 images of 28 x 28",
+        sizes=sizes,
+        tiny=encoder.MapSizes(3, 5, 7),
+        inputs=lambda sizes: Inputs(*encoder.images_and_block(sizes)),
+        check=block_check,
+        variants=(
+            Variant(OURS, encoder.fused_block, prepare=_without_shift(in_channels_last)),
+            Variant("eager", encoder.plain_block, prepare=_without_shift(forward_backward)),
+            Variant("eager, channels last", encoder.plain_block, prepare=_without_shift(in_channels_last)),
+            Variant(
+                "torch.compile", encoder.plain_block, compiled=True, prepare=_without_shift(forward_backward)
+            ),
+        ),
+        goals=(),
+        traffic=windows * (2 * FLOAT_BYTES + 2),
+        flops=windows * 4 * 9 * 2 * 2,
+        tolerance=0.01,
+    )
+
+
+def encoder_case(precision: torch.dtype, goals: tuple[Goal, ...]) -> Case:
+    """Every side in its best layout; convolutions of half precision gain from channels that lie last."""
+    sizes, half = encoder.MapSizes(), precision != torch.float32
+
+    def check(inputs: Inputs) -> Callable[[Any], float]:
+        plain = encoder.training_step(torch.float32, channels_last=False)
+        expected = [t.double() for t in plain(encoder.plain_encoder, inputs.double())()]
+        return lambda results: relative_error(results, expected)
+
+    last = encoder.training_step(precision, channels_last=True)
+    variants = [
+        Variant(OURS, encoder.fused_encoder, prepare=last),
+        Variant("eager, channels last", encoder.plain_encoder, prepare=last),
+        Variant("torch.compile, channels last", encoder.plain_encoder, prepare=last, compiled=True),
+    ]
+    if not half:
+        plain = encoder.training_step(precision, channels_last=False)
+        variants.append(Variant("eager", encoder.plain_encoder, prepare=plain))
+        variants.append(Variant("torch.compile", encoder.plain_encoder, prepare=plain, compiled=True))
+    return Case(
+        name=f"conv4-step-{'bfloat16' if half else 'float32'}",
+        title=f"training step of Conv4-64, 360 images, {'bfloat16' if half else 'float32'}",
+        sizes=sizes,
+        tiny=encoder.MapSizes(6, 5, 17),
+        inputs=lambda sizes: Inputs(*encoder.images_and_encoder(sizes)),
+        check=check,
+        variants=tuple(variants),
+        goals=goals,
+        tolerance=0.5 if half else 0.05,
+    )
+
+
 CASES: tuple[Case, ...] = (
     head_case(
         1600,
@@ -851,6 +958,18 @@ CASES: tuple[Case, ...] = (
     sinusoid_case(10, (14.0, 3.0, 130.0), (24.0, 4.8, 230.0)),
     omniglot_case(1, 1.7, 2.5),
     omniglot_case(5, 3.0, 4.5),
+    maps_case(28, (Goal(("eager", "eager, channels last"), 4.5, 6.5), Goal(("torch.compile",), 4.0, 5.5))),
+    maps_case(14, (Goal(("eager", "eager, channels last"), 3.0, 6.0),)),
+    maps_case(7, (Goal(("eager", "eager, channels last"), 2.0, 3.0),)),
+    block_case(),
+    encoder_case(
+        torch.float32,
+        (
+            Goal(("eager", "eager, channels last"), 1.5, 1.8),
+            Goal(("torch.compile", "torch.compile, channels last"), 1.3, 1.6),
+        ),
+    ),
+    encoder_case(torch.bfloat16, (Goal(("eager, channels last",), 1.25, 1.6),)),
 )
 
 

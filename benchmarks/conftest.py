@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import TOLERANCE, Call, Case, Variant
+from benchmarks.cases import Call, Case, Variant
 from benchmarks.ratios import prepare, ready
 
 
@@ -38,7 +38,7 @@ def checked_call() -> Iterator[Callable[[Case, Variant], Call]]:
             pytest.skip(f"{variant.name}: {error}")
         if variant.checked:
             error = current["error_of"](result)
-            assert error <= TOLERANCE, (
+            assert error <= case.tolerance, (
                 f"{case.name}, {variant.name}: error {error:.1e} against float64; not timed"
             )
         return call

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks import cases, ceilings, gpu_report, inner_mlp
-from benchmarks.cases import CASES, OURS, TOLERANCE, Call, Case, Goal, Inputs
+from benchmarks.cases import CASES, OURS, Call, Case, Goal, Inputs
 from benchmarks.ratios import Budget, Clock, decide, measure, metafast_version, quiet, verdict
 from metafast import Conv4, Episodes
 from metafast.learners import ANIL, MAML, Outcome, ProtoNet
@@ -246,7 +246,7 @@ def run_case(case: Case, limits: dict[str, float], quick: bool) -> dict[str, Any
         if variant.checked:
             record["errors"][variant.name] = error_of(result)
     del error_of, result
-    record["wrong"] = sorted(name for name, error in record["errors"].items() if not error <= TOLERANCE)
+    record["wrong"] = sorted(name for name, error in record["errors"].items() if not error <= case.tolerance)
     record["correct"] = not record["wrong"]
     if not record["correct"]:
         return record

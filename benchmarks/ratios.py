@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import ceilings
-from benchmarks.cases import OURS, TOLERANCE, Call, Case, Goal, Variant, find
+from benchmarks.cases import OURS, Call, Case, Goal, Variant, find
 from benchmarks.machine import cpu_model
 from benchmarks.text import bound, duration, table
 
@@ -223,7 +223,7 @@ def run_case(case: Case, budget: Budget, quick: bool = False) -> dict[str, Any]:
         if variant.checked:
             errors[variant.name] = error_of(result)
     del error_of
-    wrong = sorted(name for name, error in errors.items() if not error <= TOLERANCE)
+    wrong = sorted(name for name, error in errors.items() if not error <= case.tolerance)
     record: dict[str, Any] = {
         "name": case.name,
         "title": case.title,

@@ -29,7 +29,7 @@ def test_every_variant_computes_the_case(case: Case) -> None:
             continue
         result = variant.call(inputs, uncompiled)()
         if variant.checked:
-            assert error_of(result) <= TOLERANCE, variant.name
+            assert error_of(result) <= case.tolerance, variant.name
 
 
 def test_cases_are_named_once_and_goals_name_their_variants() -> None:
