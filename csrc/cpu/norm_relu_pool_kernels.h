@@ -240,6 +240,7 @@ struct Sorted {
   METAFAST_HOST_DEVICE Sorted(A* buffer, const Maps& maps) {
     for (int k = 0; k < 4; ++k) at[k] = buffer + k * place(maps);
   }
+  METAFAST_HOST_DEVICE void foresee(int64_t) const {}
 };
 
 template <class A, int64_t... L>
@@ -309,20 +310,29 @@ METAFAST_HOST_DEVICE int64_t end_of_rows(const Maps& maps, int64_t x, int64_t en
   return image * maps.image_stride + (maps.pixels(last) - image * maps.height * maps.width) * maps.channels;
 }
 
-// The places of windows' pixels with the channels last.
+// The places of windows' pixels with the channels last. Processors foresee reading within a row, not the next rows.
 template <class S>
 struct Places {
   S* at[4];
+  int64_t next;
+
+  METAFAST_HOST_DEVICE void foresee(int64_t k) const {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) __builtin_prefetch(at[p] + k + next);
+  }
 
   METAFAST_HOST_DEVICE Places(S* x, const Maps& maps) {
     const int64_t C = maps.channels, row = maps.width * C;
     at[0] = x, at[1] = x + C, at[2] = x + row, at[3] = x + row + C;
+    next = 2 * row;
   }
 };
 
 template <class S>
 struct OnePlace {
   S* at[1];
+
+  METAFAST_HOST_DEVICE void foresee(int64_t) const {}
 };
 
 // Values [P] of a window: the largest and which it is, the first of equal ones and the last NaN as in torch.
@@ -404,6 +414,7 @@ void normalise(const Maps& maps, const S* x, const S* x_end, PerChannel<accumula
       constexpr int P = sizeof places.at / sizeof *places.at;
       const V mean = numbers(kMean, c), scale = numbers(kScale, c), shift = numbers(kShift, c);
       V z[P], best;
+      places.foresee(k);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) z[p] = (lanes.read(places.at[p] + k) - mean) * scale + shift;
       if constexpr (P == 4) {
@@ -472,6 +483,7 @@ void gradient_sums(const Maps& maps, const S* x, const S* x_end, PerChannel<accu
       constexpr int P = sizeof places.at / sizeof *places.at;
       V values[P];
       bits_t<A> which;
+      places.foresee(k);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) values[p] = lanes.read(places.at[p] + k);
       const V g = upstream(lanes, j, c, values[0], which);
@@ -522,6 +534,7 @@ void gradient(const Maps& maps, const S* x, const S* x_end, PerChannel<accumulat
       constexpr int P = sizeof places.at / sizeof *places.at;
       V values[P];
       bits_t<A> which;
+      places.foresee(k);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) values[p] = Given && Pool ? V{} : lanes.read(places.at[p] + k);
       const V step = upstream(lanes, j, c, values[0], which) * numbers(kScale, c);
