@@ -12,14 +12,12 @@ from metafast import _check
 from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks, of_groups, of_tasks
 from metafast._library import call, fallback, operator
+from metafast.norm_relu_pool import DEAD
 
 CONV_POOL = operator("conv_pool")
 CONV_POOL_VJP = operator("conv_pool_vjp")
 CONV_POOL_JVP = operator("conv_pool_jvp")
 MOMENTS = operator("patch_moments")
-
-#: What the choice of a window is where ReLU left nothing.
-_NOTHING = 4
 
 
 def conv_norm_relu_pool(
@@ -151,8 +149,8 @@ def _windows(x: Tensor) -> Tensor:
 
 def _chosen(values: Tensor, choice: Tensor) -> Tensor:
     """``values [..., 4, C]`` at the choices ``[..., C]``, 0 at those of nothing."""
-    kept = torch.where(choice == _NOTHING, 0, choice).long()
-    return torch.where(choice == _NOTHING, 0.0, values.gather(-2, kept.unsqueeze(-2)).squeeze(-2))
+    kept = torch.where(choice == DEAD, 0, choice).long()
+    return torch.where(choice == DEAD, 0.0, values.gather(-2, kept.unsqueeze(-2)).squeeze(-2))
 
 
 def _spread(grad: Tensor, choice: Tensor) -> Tensor:
@@ -191,7 +189,7 @@ def _conv_pool(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     best, kept = values.max(-2)
     nothing = best <= 0
     y = torch.where(nothing, 0.0, best).to(x.dtype)
-    return y, torch.where(nothing, _NOTHING, kept).to(torch.uint8)
+    return y, torch.where(nothing, DEAD, kept).to(torch.uint8)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ NORM_VJP = operator("norm_relu_pool_vjp")
 NORM_VJP_VJP = operator("norm_relu_pool_vjp_vjp")
 
 #: What stands in `choice` where ReLU leaves nothing of a window.
-_DEAD = 4
+DEAD = 4
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -178,7 +178,7 @@ def _choice(z: Tensor, relu: bool, pool: bool) -> Tensor:
     for k in range(1, 4):
         better = (pixels[..., k] > largest) | pixels[..., k].isnan()
         largest, choice = torch.where(better, pixels[..., k], largest), torch.where(better, k, choice)
-    return torch.where(largest <= 0, _DEAD, choice) if relu else choice
+    return torch.where(largest <= 0, DEAD, choice) if relu else choice
 
 
 class _Pattern:

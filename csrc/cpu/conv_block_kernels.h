@@ -2,32 +2,19 @@
 // Read once for each instruction set: no guard.
 
 template <class A>
-using lane_bits = typename VectorOf<A>::bits;
-
-template <class A>
-struct ChoiceOf {
-  typedef uint8_t type __attribute__((vector_size(METAFAST_VECTOR_BYTES / sizeof(A))));
-};
-
-template <class A>
-METAFAST_HOST_DEVICE lane_bits<A> load_choice(const uint8_t* from, int64_t count) {
-  typename ChoiceOf<A>::type bytes = {};
-  if (count == kWidth<A>) {
-    __builtin_memcpy(&bytes, from, sizeof bytes);
-  } else {
-    __builtin_memcpy(&bytes, from, count);
-  }
-  return __builtin_convertvector(bytes, lane_bits<A>);
+METAFAST_HOST_DEVICE bits_t<A> load_choice(const uint8_t* from, int64_t count) {
+  if (count == kWidth<A>) return load_bytes(from, Tag<A>{});
+  uint8_t room[kWidth<A>] = {};
+  __builtin_memcpy(room, from, count);
+  return load_bytes(room, Tag<A>{});
 }
 
 template <class A>
-METAFAST_HOST_DEVICE void store_choice(uint8_t* to, lane_bits<A> value, int64_t count) {
-  const auto bytes = __builtin_convertvector(value, typename ChoiceOf<A>::type);
-  if (count == kWidth<A>) {
-    __builtin_memcpy(to, &bytes, sizeof bytes);
-  } else {
-    __builtin_memcpy(to, &bytes, count);
-  }
+METAFAST_HOST_DEVICE void store_choice(uint8_t* to, bits_t<A> value, int64_t count) {
+  if (count == kWidth<A>) return store_bytes(to, value);
+  uint8_t room[kWidth<A>];
+  store_bytes(room, value);
+  __builtin_memcpy(to, room, count);
 }
 
 // The convolution at the four pixels of a window, for V vectors of channels. weight [patch, lanes].
@@ -99,16 +86,16 @@ void conv_pool_image(const accumulate_t<S>* image, const BlockShape& shape, cons
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       vector_t<A> best = values[0][v];
-      lane_bits<A> kept = {};
+      bits_t<A> kept = {};
 #pragma GCC unroll 3
       for (int q = 1; q < kWindow; ++q) {
-        const lane_bits<A> better = (values[q][v] > best) | (values[q][v] != values[q][v]);
+        const bits_t<A> better = (values[q][v] > best) | (values[q][v] != values[q][v]);
         best = better ? values[q][v] : best;
-        kept = better ? lane_bits<A>{} + q : kept;
+        kept = better ? bits_t<A>{} + q : kept;
       }
-      const lane_bits<A> dead = best <= A(0);
+      const bits_t<A> dead = best <= A(0);
       best = dead ? vector_t<A>{} : best;
-      kept = dead ? lane_bits<A>{} + kNothing : kept;
+      kept = dead ? bits_t<A>{} + kDead : kept;
       const int64_t count = std::min(W, shape.channels - c - v * W);
       store_channels<S>(out + at + v * W, best, count);
       store_choice<A>(choice + at + v * W, kept, count);
@@ -129,7 +116,7 @@ void conv_chosen_image(const accumulate_t<S>* image, const BlockShape& shape, co
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const int64_t count = std::min(W, shape.channels - c - v * W);
-      const lane_bits<A> kept = load_choice<A>(choice + at + v * W, count);
+      const bits_t<A> kept = load_choice<A>(choice + at + v * W, count);
       vector_t<A> value = {};
 #pragma GCC unroll 4
       for (int q = 0; q < kWindow; ++q) value = kept == q ? values[q][v] : value;
@@ -158,7 +145,7 @@ void conv_sums_image(const accumulate_t<S>* image, const BlockShape& shape, cons
         V total = {};
         for (int64_t j = 0; j < columns; ++j, corner += 2) {
           const int64_t at = (i * columns + j) * C + c;
-          const lane_bits<A> kept = load_choice<A>(choice + at, count);
+          const bits_t<A> kept = load_choice<A>(choice + at, count);
           const V value = count == W ? load<S>(grad + at) : load_part<S>(grad + at, count);
           V own[kWindow];
 #pragma GCC unroll 4

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "math/norm.h"
+#include "math/pooling.h"
 #include "norm_arguments.h"
 
 #define METAFAST_KERNELS "cpu/norm_relu_pool_kernels.h"

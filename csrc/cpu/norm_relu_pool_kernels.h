@@ -6,43 +6,7 @@
 // and one call of the body takes all. Without pooling there is one place, and no sorting.
 
 template <class A>
-using bits_t = typename VectorOf<A>::bits;
-typedef uint8_t bytes_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
-typedef uint8_t bytes_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
-typedef uint16_t shorts_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
-typedef uint16_t shorts_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
-typedef int32_t ints_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
-
-template <class A>
 using lane_t = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-
-// What stands in `choice` for a window that ReLU leaves nothing of.
-constexpr int kDead = 4;
-
-// Bytes to the width of A and back, by steps that are instructions: compilers take one of more apart into scalars.
-METAFAST_HOST_DEVICE VectorOf<float>::bits load_bytes(const uint8_t* from, Tag<float>) {
-  bytes_of_float bytes;
-  __builtin_memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, shorts_of_float), VectorOf<float>::bits);
-}
-
-METAFAST_HOST_DEVICE VectorOf<double>::bits load_bytes(const uint8_t* from, Tag<double>) {
-  bytes_of_double bytes;
-  __builtin_memcpy(&bytes, from, sizeof bytes);
-  const auto ints = __builtin_convertvector(__builtin_convertvector(bytes, shorts_of_double), ints_of_double);
-  return __builtin_convertvector(ints, VectorOf<double>::bits);
-}
-
-METAFAST_HOST_DEVICE void store_bytes(uint8_t* to, VectorOf<float>::bits values) {
-  const auto bytes = __builtin_convertvector(__builtin_convertvector(values, shorts_of_float), bytes_of_float);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
-}
-
-METAFAST_HOST_DEVICE void store_bytes(uint8_t* to, VectorOf<double>::bits values) {
-  const auto shorts = __builtin_convertvector(__builtin_convertvector(values, ints_of_double), shorts_of_double);
-  const auto bytes = __builtin_convertvector(shorts, bytes_of_double);
-  __builtin_memcpy(to, &bytes, sizeof bytes);
-}
 
 template <class A>
 METAFAST_HOST_DEVICE bits_t<A> lane_numbers() {
@@ -240,7 +204,6 @@ struct Sorted {
   METAFAST_HOST_DEVICE Sorted(A* buffer, const Maps& maps) {
     for (int k = 0; k < 4; ++k) at[k] = buffer + k * place(maps);
   }
-  METAFAST_HOST_DEVICE void foresee(int64_t) const {}
 };
 
 template <class A, int64_t... L>
@@ -310,29 +273,20 @@ METAFAST_HOST_DEVICE int64_t end_of_rows(const Maps& maps, int64_t x, int64_t en
   return image * maps.image_stride + (maps.pixels(last) - image * maps.height * maps.width) * maps.channels;
 }
 
-// The places of windows' pixels with the channels last. Processors foresee reading within a row, not the next rows.
+// The places of windows' pixels with the channels last.
 template <class S>
 struct Places {
   S* at[4];
-  int64_t next;
-
-  METAFAST_HOST_DEVICE void foresee(int64_t k) const {
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) __builtin_prefetch(at[p] + k + next);
-  }
 
   METAFAST_HOST_DEVICE Places(S* x, const Maps& maps) {
     const int64_t C = maps.channels, row = maps.width * C;
     at[0] = x, at[1] = x + C, at[2] = x + row, at[3] = x + row + C;
-    next = 2 * row;
   }
 };
 
 template <class S>
 struct OnePlace {
   S* at[1];
-
-  METAFAST_HOST_DEVICE void foresee(int64_t) const {}
 };
 
 // Values [P] of a window: the largest and which it is, the first of equal ones and the last NaN as in torch.
@@ -414,7 +368,6 @@ void normalise(const Maps& maps, const S* x, const S* x_end, PerChannel<accumula
       constexpr int P = sizeof places.at / sizeof *places.at;
       const V mean = numbers(kMean, c), scale = numbers(kScale, c), shift = numbers(kShift, c);
       V z[P], best;
-      places.foresee(k);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) z[p] = (lanes.read(places.at[p] + k) - mean) * scale + shift;
       if constexpr (P == 4) {
@@ -483,7 +436,6 @@ void gradient_sums(const Maps& maps, const S* x, const S* x_end, PerChannel<accu
       constexpr int P = sizeof places.at / sizeof *places.at;
       V values[P];
       bits_t<A> which;
-      places.foresee(k);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) values[p] = lanes.read(places.at[p] + k);
       const V g = upstream(lanes, j, c, values[0], which);
@@ -534,7 +486,6 @@ void gradient(const Maps& maps, const S* x, const S* x_end, PerChannel<accumulat
       constexpr int P = sizeof places.at / sizeof *places.at;
       V values[P];
       bits_t<A> which;
-      places.foresee(k);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) values[p] = Given && Pool ? V{} : lanes.read(places.at[p] + k);
       const V step = upstream(lanes, j, c, values[0], which) * numbers(kScale, c);

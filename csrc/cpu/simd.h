@@ -15,6 +15,8 @@ struct VectorOf<double> {
 template <class A>
 using vector_t = typename VectorOf<A>::type;
 template <class A>
+using bits_t = typename VectorOf<A>::bits;
+template <class A>
 constexpr int64_t kWidth = METAFAST_VECTOR_BYTES / sizeof(A);
 
 typedef uint16_t half_bits __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
@@ -56,9 +58,19 @@ METAFAST_HOST_DEVICE vector_t<accumulate_t<S>> load_part(const S* from, int64_t 
   return load<S>(buffer);
 }
 
+// To the nearest, and of two as near the even one; a NaN stays one.
+METAFAST_HOST_DEVICE half_bits narrow(vector_t<float> value) {
+  const float_bits bits = (float_bits)value;
+  const float_bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (float_bits)(value != value);
+  return __builtin_convertvector((((bits >> 16) | 0x40u) & nan) | (rounded & ~nan), half_bits);
+}
+
 template <class S>
 METAFAST_HOST_DEVICE void store(S* to, vector_t<accumulate_t<S>> value) {
-  if constexpr (sizeof(S) == 2) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const half_bits bits = narrow(value);
+    __builtin_memcpy(static_cast<void*>(to), &bits, sizeof bits);
+  } else if constexpr (sizeof(S) == 2) {
     for (int64_t k = 0; k < kWidth<float>; ++k) to[k] = static_cast<S>(value[k]);
   } else {
     __builtin_memcpy(to, &value, sizeof value);
@@ -68,6 +80,37 @@ METAFAST_HOST_DEVICE void store(S* to, vector_t<accumulate_t<S>> value) {
 template <class S>
 METAFAST_HOST_DEVICE void store_part(S* to, vector_t<accumulate_t<S>> value, int64_t count) {
   for (int64_t k = 0; k < count; ++k) to[k] = static_cast<S>(value[k]);
+}
+
+typedef uint8_t bytes_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
+typedef uint8_t bytes_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
+typedef uint16_t shorts_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
+typedef uint16_t shorts_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
+typedef int32_t ints_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
+
+// Bytes to the width of A and back, by steps that are instructions: compilers take one of more apart into scalars.
+METAFAST_HOST_DEVICE VectorOf<float>::bits load_bytes(const uint8_t* from, Tag<float>) {
+  bytes_of_float bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, shorts_of_float), VectorOf<float>::bits);
+}
+
+METAFAST_HOST_DEVICE VectorOf<double>::bits load_bytes(const uint8_t* from, Tag<double>) {
+  bytes_of_double bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  const auto ints = __builtin_convertvector(__builtin_convertvector(bytes, shorts_of_double), ints_of_double);
+  return __builtin_convertvector(ints, VectorOf<double>::bits);
+}
+
+METAFAST_HOST_DEVICE void store_bytes(uint8_t* to, VectorOf<float>::bits values) {
+  const auto bytes = __builtin_convertvector(__builtin_convertvector(values, shorts_of_float), bytes_of_float);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
+METAFAST_HOST_DEVICE void store_bytes(uint8_t* to, VectorOf<double>::bits values) {
+  const auto shorts = __builtin_convertvector(__builtin_convertvector(values, ints_of_double), shorts_of_double);
+  const auto bytes = __builtin_convertvector(shorts, bytes_of_double);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
 }
 
 // Stores that go past the caches, where the machine has them: for results larger than those are. `to` is a multiple of the

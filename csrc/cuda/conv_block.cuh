@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool nothing = best <= A(0);
     const int64_t at = k * shape.results() + window * shape.channels + c;
     out[at] = static_cast<S>(nothing ? A(0) : best);
-    choice[at] = static_cast<uint8_t>(nothing ? kNothing : kept);
+    choice[at] = static_cast<uint8_t>(nothing ? kDead : kept);
   });
 }
 
@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(kThreads)
     const int q = choice[at];
     const A* weight = kernel.weight + (own + c) * shape.patch();
     const A* chosen = corner + q / 2 * shape.stride() + q % 2;
-    out[at] = q == kNothing ? static_cast<S>(0) : static_cast<S>(convolve(chosen, bands, weight, kernel.bias[own + c]));
+    out[at] = q == kDead ? static_cast<S>(0) : static_cast<S>(convolve(chosen, bands, weight, kernel.bias[own + c]));
   });
 }
 
 // parts [images, bands, C patch + C]: the sums over a band's windows of the gradient times its patch, and of the gradient.
 // A thread has one channel and every `together`-th window; their sums are added in shared memory, behind the image.
 template <class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     conv_sums_kernel(const S* __restrict__ x, const S* __restrict__ grad, const uint8_t* __restrict__ choice,
                      accumulate_t<S>* __restrict__ parts, const __grid_constant__ Bands bands) {
   using A = accumulate_t<S>;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t window = warp_index(); c < C && window < rows * columns; window += kWarps) {
         const int64_t at = k * shape.results() + (first * columns + window) * C + c;
         const int q = choice[at];
-        if (q == kNothing) continue;
+        if (q == kDead) continue;
         const A value = static_cast<A>(grad[at]);
         const int64_t i = 2 * (window / columns) + q / 2, j = 2 * (window % columns) + q % 2;
         const A* pixel = image + plane * bands.plane() + i * shape.stride() + j;

@@ -7,6 +7,7 @@
 #include "cuda/features.cuh"
 #include "cuda/reduce.cuh"
 #include "math/norm.h"
+#include "math/pooling.h"
 
 namespace metafast::cuda {
 
@@ -132,9 +133,6 @@ __global__ void __launch_bounds__(kThreads)
   rstd[k] = norm_rstd(static_cast<double>(var[k]), eps);
   scale[k] = static_cast<A>(static_cast<double>(weight[k]) * rstd[k]);
 }
-
-// What stands in `choice` for a window that ReLU leaves nothing of.
-constexpr int kDead = 4;
 
 // y, its gradient and which pixels it consists of. Values up to `floor`, which may be NaN for none, become it.
 template <class S>

@@ -1,15 +1,13 @@
-// Sizes of the first convolutional block, and what its pooling may keep.
+// Sizes of the first convolutional block.
 #pragma once
 
 #include <cstdint>
 
 #include "math/host_device.h"
+#include "math/pooling.h"
 #include "math/rows.h"
 
 namespace metafast {
-
-// What a pooled pixel is: a place in its window, row by row, or nothing where ReLU left nothing.
-constexpr int kWindow = 4, kNothing = 4;
 
 // A 3 x 3 convolution with a border of zeros, and 2 x 2 windows of its outputs.
 struct BlockShape {
