@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cases, ceilings, inner_mlp, peers, ratios, report
+from benchmarks import cases, ceilings, inner_mlp, peers, ratios, report, training
 from benchmarks.cases import OURS, TOLERANCE, Case, Goal, Inputs, Sizes, Variant
 from metafast import reference
 
@@ -350,3 +351,39 @@ def test_report_rewrites_its_section_only(
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert report.main([str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
+
+
+def test_training_steps_learn_the_same_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain step and ours, in small: from about the loss of guessing downwards."""
+    for name, value in {"WAYS": 4, "QUERIES": 3, "CLASSES": 6, "PER_CLASS": 7}.items():
+        monkeypatch.setattr(training, name, value)
+    for make in (
+        training.plain_step,
+        lambda: training.metafast_step(torch.float32),
+        lambda: training.metafast_step(torch.bfloat16),
+    ):
+        torch.manual_seed(0)
+        step = make()
+        losses = [step(number).item() for number in range(12)]
+        assert all(0 < loss < 20 for loss in losses)
+        assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_a_process_tells_its_time_and_peak() -> None:
+    found = training.once(training.DEFAULT, torch.get_num_threads(), steps=1)
+    assert found["seconds"] > 0 and found["peak_bytes"] > 0
+
+
+def test_training_is_held_against_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {training.PLAIN: 0.4, training.OURS: 0.1}
+
+    def run(command: list[str], **options: Any) -> Any:
+        way = command[command.index("--once") + 1]
+        said = {"seconds": seconds.get(way, 0.2), "peak_bytes": 1e8 * seconds.get(way, 0.2)}
+        return SimpleNamespace(stdout=json.dumps(said))
+
+    monkeypatch.setattr(training.subprocess, "run", run)
+    found = training.measure(2, 2)
+    assert found["step_ratio"]["plain PyTorch / metafast"] == pytest.approx(4)
+    assert found["peak_ratio"]["metafast / plain PyTorch, pages kept"] == pytest.approx(0.5)
+    assert len(found["rounds"][training.HALF]) == 2
