@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import inner_update, linear_head, mlp, prototype, ridge
+from metafast import conv_block, inner_update, linear_head, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 from tests.cases import (
@@ -50,7 +50,13 @@ OPERATORS = (
     NORM,
     NORM_VJP,
     NORM_VJP_VJP,
+    conv_block.CONV_POOL,
+    conv_block.CONV_POOL_VJP,
+    conv_block.CONV_POOL_JVP,
+    conv_block.MOMENTS,
 )
+#: Those for which torch's own kernels do as well where there are none of ours.
+OF_TORCH = (inner_update.UPDATE, inner_update.UPDATE_VJP)
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
@@ -61,7 +67,7 @@ def calls() -> Iterator[list[str]]:
     called: list[str] = []
     with torch.library._scoped_library("metafast", "IMPL") as library, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        for op in OPERATORS:
+        for op in (*OPERATORS, *OF_TORCH):
 
             def run(*args: Any, op: Any = op) -> Any:
                 called.append(op._schema.name.removeprefix("metafast::"))
@@ -76,8 +82,9 @@ def test_every_operator_has_one() -> None:
         schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("metafast::")
     }
     queries = {f"metafast::{name}" for name in ("vector_bits", "keep_pages", "build_info", "cuda_probe")}
-    assert names - queries == {op._schema.name for op in (*OPERATORS, inner_update.UPDATE)}
-    for op in OPERATORS:
+    operators = (*OPERATORS, *OF_TORCH)
+    assert names - queries == {op._schema.name for op in operators}
+    for op in operators:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op._schema.name, "CompositeExplicitAutograd"), (
             op
         )
@@ -198,7 +205,7 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
-from metafast import linear_head, mlp, prototype, ridge
+from metafast import conv_block, linear_head, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 
@@ -208,6 +215,7 @@ loss = torch.zeros(1)
 square = torch.zeros(1, 2, 2)
 one = torch.ones(1)
 maps, of, y = torch.zeros(1, 1, 3, 2, 2), torch.ones(1, 3), torch.zeros(1, 1, 3, 1, 1)
+kernel, pooled = torch.zeros(1, 3, 27), torch.zeros(1, 1, 1, 1, 3)
 net = [torch.zeros(3, 3)], [torch.zeros(3)], [], 0.1, 1, 0, 1, False, False
 calls = {
     DISTANCE: (x, x, 0),
@@ -228,6 +236,10 @@ calls = {
     NORM: (maps, of, of, None, None, 1e-5, True, True),
     NORM_VJP: (y, None, None, maps, of, of, of, of, y.byte(), False, 1e-5, True, True),
     NORM_VJP_VJP: (maps, of, of, None, None, y, None, None, maps, of, of, of, of, y.byte(), False, 1e-5, True, True),
+    conv_block.CONV_POOL: (maps, kernel, of),
+    conv_block.CONV_POOL_VJP: (pooled, pooled.byte(), maps),
+    conv_block.CONV_POOL_JVP: (pooled.byte(), maps, kernel, of),
+    conv_block.MOMENTS: (maps,),
 }
 warnings.simplefilter("always")
 for op, arguments in calls.items():
