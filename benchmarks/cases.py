@@ -796,6 +796,8 @@ def maps_case(size: int, goals: tuple[Goal, ...]) -> Case:
         goals=goals,
         # Maps read twice forward and twice backward, their gradient written; results, choices and gradients of results.
         traffic=numbers * (5 * FLOAT_BYTES) + numbers // 4 * (3 * FLOAT_BYTES + 3),
+        # torch's sums over maps whose channels lie last have larger rounding errors.
+        tolerance=1e-3,
     )
 
 
