@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ class _Block(nn.Sequential):
         convolution, norm, relu, pool = self
         lead, own = images.shape[:-4], images.flatten(0, -4)
         batch = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
-        # Another layer in its place; nothing to take statistics of; another forward, as in training on several ranks.
-        if type(norm) is nn.BatchNorm2d and own.shape[0] > 0 and (lead or "forward" not in vars(norm)):
+        # Another forward of BatchNorm is that of training on several ranks, which know nothing of tasks.
+        fits = all(map(_is_plain, (norm, relu, pool))) and (lead or "forward" not in vars(norm))
+        if isinstance(norm, nn.BatchNorm2d) and fits and own.shape[0] > 0:
             updates = norm.training and norm.track_running_stats and norm.running_mean is not None
             # Under a transform of torch.func only torch's own operator may change what it has not been given.
             if not updates or peek_interpreter_stack() is None:
-                return self._fused(convolution, norm, images, batch, updates)
+                return self._fused(convolution, norm, images, bool(batch), updates)
         if lead and batch:
             raise ValueError(
                 f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
@@ -49,6 +50,7 @@ class _Block(nn.Sequential):
     ) -> Tensor:
         given = (None, None) if batch else (norm.running_mean, norm.running_var)
         if _is_cheap(convolution, images) and norm.affine:
+            maps = images
             y, mean, var = conv_norm_relu_pool(
                 images, convolution.weight, convolution.bias, norm.weight, norm.bias, *given, eps=norm.eps
             )
@@ -56,7 +58,7 @@ class _Block(nn.Sequential):
             maps = convolution(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
             y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
         if updates:
-            count = images.shape[-4] * images.shape[-2] * images.shape[-1]
+            count = maps.shape[-4] * maps.shape[-2] * maps.shape[-1]
             unbiased = var.detach() * (count / max(count - 1, 1))
             update_running_statistics(
                 norm, *(value.reshape(-1, value.shape[-1]).mean(0) for value in (mean.detach(), unbiased))
@@ -64,10 +66,51 @@ class _Block(nn.Sequential):
         return y
 
 
+#: What the fused operators compute: layers of these types with these attributes.
+_PLAIN: dict[type[nn.Module], dict[str, Any]] = {
+    nn.Conv2d: {
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "groups": 1,
+        "padding_mode": "zeros",
+    },
+    nn.BatchNorm2d: {},
+    nn.ReLU: {},
+    nn.MaxPool2d: {
+        "kernel_size": 2,
+        "stride": 2,
+        "padding": 0,
+        "dilation": 1,
+        "return_indices": False,
+        "ceil_mode": False,
+    },
+}
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to see the layer's calls, or to change them."""
+    return any(
+        getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes what the fused operators do and nobody looks: another may stand in its place."""
+    constants = _PLAIN.get(type(layer))
+    return (
+        constants is not None
+        and not _hooked(layer)
+        and all(getattr(layer, name) == value for name, value in constants.items())
+    )
+
+
 def _is_cheap(convolution: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether the convolution costs less to compute again than its output to store, and is torch's own."""
     return (
-        type(convolution) is nn.Conv2d
+        isinstance(convolution, nn.Conv2d)
+        and _is_plain(convolution)
         and "forward" not in vars(convolution)
         and convolution.in_channels <= 4
         and not images.requires_grad
@@ -98,9 +141,9 @@ class Conv4(nn.Module):
     follow the mean over the tasks.
 
     BatchNorm, ReLU and pooling are one operator (:func:`metafast.norm_relu_pool`), and the first block is one with
-    its convolution (:func:`metafast.conv_norm_relu_pool`), so that forward hooks on these layers are not called. The
-    weights lie in channels-last order in memory, and so do the maps between the layers. Images may come in either
-    order.
+    its convolution (:func:`metafast.conv_norm_relu_pool`). Where a layer has hooks, or another stands in its place,
+    the layers are called one by one. The weights lie in channels-last order in memory, and so do the maps between the
+    layers. Images may come in either order.
 
     Sources: Vinyals et al., "Matching Networks for One Shot Learning" (2016); Snell et al., "Prototypical
     Networks for Few-shot Learning" (2017).

@@ -104,6 +104,51 @@ def test_another_layer_in_the_place_of_batch_norm():
     torch.testing.assert_close(encoder(images), plain(encoder)(images))
 
 
+OTHERS = {
+    "stride": (0, lambda: torch.nn.Conv2d(1, 4, 3, stride=2, padding=1)),
+    "no padding": (0, lambda: torch.nn.Conv2d(1, 4, 3)),
+    "reflected": (0, lambda: torch.nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")),
+    "wide kernel": (0, lambda: torch.nn.Conv2d(1, 4, 5, padding=2)),
+    "no bias": (0, lambda: torch.nn.Conv2d(1, 4, 3, padding=1, bias=False)),
+    "not affine": (1, lambda: torch.nn.BatchNorm2d(4, affine=False)),
+    "leaky": (2, lambda: torch.nn.LeakyReLU(0.1)),
+    "no activation": (2, torch.nn.Identity),
+    "mean": (3, lambda: torch.nn.AvgPool2d(2)),
+    "overlapping": (3, lambda: torch.nn.MaxPool2d(3, 2, padding=1)),
+    "rounded up": (3, lambda: torch.nn.MaxPool2d(2, ceil_mode=True)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_layer_in_the_first_block(other):
+    """What stands in a block is what is computed, in training and evaluation mode."""
+    torch.manual_seed(0)
+    encoder = Conv4(1, 4)
+    place, make = OTHERS[other]
+    encoder.encoder[0][place] = make()
+    encoder.double()
+    chain = plain(encoder)
+    images = torch.rand(3, 1, 35, 37, dtype=torch.float64)
+    for mode in (True, False):
+        torch.testing.assert_close(
+            encoder.train(mode)(images), chain.train(mode)(images), rtol=1e-9, atol=1e-11
+        )
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_hooks_are_called(place):
+    torch.manual_seed(0)
+    encoder = Conv4(1, 4)
+    images, seen = torch.rand(2, 1, 16, 16), []
+    expected = encoder(images)
+    handle = encoder.encoder[0][place].register_forward_hook(lambda layer, given, out: seen.append(out.shape))
+    torch.testing.assert_close(encoder(images), expected)
+    assert seen == [(2, 4, 8, 8) if place == 3 else (2, 4, 16, 16)]
+    handle.remove()
+    encoder(images)
+    assert len(seen) == 1
+
+
 def test_under_a_transform():
     """Gradients for parameters that are arguments, mapped over tasks, by the statistics of each task's images."""
     torch.manual_seed(0)
