@@ -12,7 +12,7 @@ from metafast import _check
 from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks, of_groups, of_tasks
 from metafast._library import call, fallback, operator
-from metafast.norm_relu_pool import DEAD
+from metafast.norm_relu_pool import DEAD, check_images, in_dtype_of_images, of_channels
 
 CONV_POOL = operator("conv_pool")
 CONV_POOL_VJP = operator("conv_pool_vjp")
@@ -58,10 +58,29 @@ def conv_norm_relu_pool(
 
     Raises:
         TypeError: wrong kind or dtype of an argument.
-        ValueError: shapes or devices do not fit, one of ``mean`` and ``var`` alone, or no pixels to take batch
-            statistics of.
+        ValueError: shapes or devices do not fit; only one of ``mean`` and ``var`` is given; no pixel to take the
+            statistics of; images below 2 x 2; ``eps`` is negative.
     """
-    lead = _check_arguments(x, conv_weight, conv_bias, weight, bias, mean, var)
+    check_images(x, mean, var, eps, pool=True)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kernel = in_dtype_of_images(conv_weight, "conv_weight", x, wide)
+    if kernel.dim() < 4 or kernel.shape[-3:] != (x.shape[-3], 3, 3):
+        raise ValueError(f"conv_weight: expected [..., C, {x.shape[-3]}, 3, 3], got {list(kernel.shape)}")
+    channels = kernel.shape[-4]
+    gamma, beta = (
+        of_channels(value, name, x, channels, wide) for name, value in (("weight", weight), ("bias", bias))
+    )
+    optional = {"conv_bias": conv_bias, "mean": mean, "var": var}
+    given = {
+        name: of_channels(value, name, x, channels, wide)
+        for name, value in optional.items()
+        if value is not None
+    }
+    lead = _check.broadcast_tasks(
+        ("x", x.shape[:-4]),
+        ("conv_weight", kernel.shape[:-4]),
+        *((name, value.shape[:-1]) for name, value in {"weight": gamma, "bias": beta, **given}.items()),
+    )
     tasks = torch.Size(lead).numel()
 
     def fold(value: Tensor, own: int) -> Tensor:
@@ -74,58 +93,26 @@ def conv_norm_relu_pool(
     images = x.expand((*lead, *x.shape[-4:])).reshape((tasks, *x.shape[-4:]))
     if _check.autocasts(x):
         images = images.to(torch.get_autocast_dtype(x.device.type))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     with _check.without_autocast(x):
-        kernel = fold(conv_weight, 4).flatten(2).to(wide)
-        gamma, beta = (fold(value, 1).to(wide) for value in (weight, bias))
-        shift = kernel.new_zeros(kernel.shape[:2]) if conv_bias is None else fold(conv_bias, 1).to(wide)
-        if mean is None or var is None:
+        kernel = fold(kernel, 4).flatten(2)
+        gamma, beta = fold(gamma, 1), fold(beta, 1)
+        given = {name: fold(value, 1) for name, value in given.items()}
+        shift = given.get("conv_bias", kernel.new_zeros(kernel.shape[:2]))
+        if mean is None:
             patch, covariance = call(MOMENTS, images)
             # A product with broadcasting is another one, of other roundings, where gradients are recorded.
             double = of_tasks(kernel.double(), tasks)
             middle = torch.bmm(double, patch.unsqueeze(-1)).squeeze(-1) + shift
             spread = (torch.bmm(double, covariance) * double).sum(-1)
         else:
-            middle, spread = (fold(value, 1).double() for value in (mean, var))
+            middle, spread = given["mean"].double(), given["var"].double()
         scale = gamma * (spread + eps).rsqrt()
         folded, offset = (kernel * scale.unsqueeze(-1)).to(wide), (beta - scale * (middle - shift)).to(wide)
         groups = max(folded.shape[0], offset.shape[0])
         y = call(CONV_POOL, images, of_tasks(folded, groups), of_tasks(offset, groups))[0]
-    channels = kernel.shape[1]
     y = y.movedim(-1, 2).reshape((*lead, x.shape[-4], channels, x.shape[-2] // 2, x.shape[-1] // 2))
     statistics = (value.to(wide) for value in (middle, spread))
     return y, *(value.expand(tasks, channels).reshape(*lead, channels) for value in statistics)
-
-
-def _check_arguments(
-    x: Any, conv_weight: Any, conv_bias: Any, weight: Any, bias: Any, mean: Any, var: Any
-) -> tuple[int, ...]:
-    """The common leading dimensions."""
-    _check.floating(x, "x")
-    if x.dim() < 4:
-        raise ValueError(f"x: expected [..., n, planes, H, W], got {list(x.shape)}")
-    _check.floating(conv_weight, "conv_weight")
-    _check.same_device(conv_weight, "conv_weight", x, "x")
-    if conv_weight.dim() < 4 or conv_weight.shape[-3:] != (x.shape[-3], 3, 3):
-        raise ValueError(
-            f"conv_weight: expected [..., C, {x.shape[-3]}, 3, 3], got {list(conv_weight.shape)}"
-        )
-    channels = conv_weight.shape[-4]
-    if (mean is None) != (var is None):
-        raise ValueError("mean, var: expected both or none")
-    named = [("x", x.shape[:-4]), ("conv_weight", conv_weight.shape[:-4])]
-    given = {"conv_bias": conv_bias, "weight": weight, "bias": bias, "mean": mean, "var": var}
-    for name, value in given.items():
-        if value is None and name in ("conv_bias", "mean", "var"):
-            continue
-        _check.floating(value, name)
-        _check.same_device(value, name, x, "x")
-        if value.dim() < 1 or value.shape[-1] != channels:
-            raise ValueError(f"{name}: expected [..., {channels}], got {list(value.shape)}")
-        named.append((name, value.shape[:-1]))
-    if mean is None and x.shape[-4] * x.shape[-2] * x.shape[-1] == 0:
-        raise ValueError(f"x: expected pixels to take statistics of, got {list(x.shape)}")
-    return _check.broadcast_tasks(*named)
 
 
 # A window's value is linear in weight and bias, and in the image: with the choices fixed the derivatives of the

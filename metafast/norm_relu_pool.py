@@ -78,26 +78,14 @@ def norm_relu_pool(
         >>> mean, var
         (tensor([7.5000]), tensor([21.2500]))
     """
-    _check.floating(x, "x")
-    if x.dim() < 4:
-        raise ValueError(f"x: expected shape [..., n, C, H, W], got {list(x.shape)}")
-    images, channels, height, width = x.shape[-4:]
-    if (mean is None) != (var is None):
-        missing, other = ("mean", "var") if mean is None else ("var", "mean")
-        raise ValueError(f"{missing}: expected with {other}, got None")
-    _check.number(eps, "eps")
-    if eps < 0:
-        raise ValueError(f"eps: expected a number that is not negative, got {eps}")
     for name, flag in (("relu", relu), ("pool", pool)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
-    if pool and (height < 2 or width < 2):
-        raise ValueError(f"x: expected images of at least 2 x 2 to pool, got shape {list(x.shape)}")
-    if mean is None and images * height * width == 0:
-        raise ValueError(f"x: expected a pixel to take the statistics of, got shape {list(x.shape)}")
+    check_images(x, mean, var, eps, pool)
+    channels = x.shape[-3]
     wide = torch.float32 if x.dtype in _HALVES else x.dtype
     own = [
-        None if value is None else _of_channels(value, name, x, wide)
+        None if value is None else of_channels(value, name, x, channels, wide)
         for name, value in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var))
     ]
     own[0] = x.new_ones(channels, dtype=wide) if own[0] is None else own[0]
@@ -132,16 +120,40 @@ def norm_relu_pool(
     return y, of_x.reshape(*lead, channels), var_of_x.reshape(*lead, channels)
 
 
-def _of_channels(value: Any, name: str, x: Tensor, wide: torch.dtype) -> Tensor:
-    """``[..., C]`` in the dtype to compute in."""
+def check_images(x: Any, mean: Any, var: Any, eps: Any, pool: bool) -> None:
+    """Images to normalise, by their own statistics or by both of the given ones, and to pool."""
+    _check.floating(x, "x")
+    if x.dim() < 4:
+        raise ValueError(f"x: expected shape [..., n, C, H, W], got {list(x.shape)}")
+    images, _, height, width = x.shape[-4:]
+    if (mean is None) != (var is None):
+        missing, other = ("mean", "var") if mean is None else ("var", "mean")
+        raise ValueError(f"{missing}: expected with {other}, got None")
+    _check.number(eps, "eps")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number that is not negative, got {eps}")
+    if pool and (height < 2 or width < 2):
+        raise ValueError(f"x: expected images of at least 2 x 2 to pool, got shape {list(x.shape)}")
+    if mean is None and images * height * width == 0:
+        raise ValueError(f"x: expected a pixel to take the statistics of, got shape {list(x.shape)}")
+
+
+def in_dtype_of_images(value: Any, name: str, x: Tensor, wide: torch.dtype) -> Tensor:
+    """A parameter in the dtype to compute in."""
     _check.floating(value, name)
     _check.same_device(value, name, x, "x")
     if value.dtype not in (x.dtype, wide):
         want = f"{x.dtype}" if wide == x.dtype else f"{x.dtype} or {wide}"
         raise TypeError(f"{name}: expected the dtype of x, {want}, got {value.dtype}")
-    if value.dim() < 1 or value.shape[-1] != x.shape[-3]:
-        raise ValueError(f"{name}: expected shape [..., {x.shape[-3]}], got {list(value.shape)}")
     return value.to(wide)
+
+
+def of_channels(value: Any, name: str, x: Tensor, channels: int, wide: torch.dtype) -> Tensor:
+    """``[..., C]`` in the dtype to compute in."""
+    own = in_dtype_of_images(value, name, x, wide)
+    if own.dim() < 1 or own.shape[-1] != channels:
+        raise ValueError(f"{name}: expected shape [..., {channels}], got {list(own.shape)}")
+    return own
 
 
 # The closed forms are written once, for tensors and for Dual numbers. Which pixel of a window is the largest, and which

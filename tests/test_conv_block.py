@@ -292,7 +292,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "x dim": (
         lambda: conv_norm_relu_pool(X[0], KERNEL, OF, OF, OF),
         ValueError,
-        "x: expected [..., n, planes, H, W], got [1, 4, 4]",
+        "x: expected shape [..., n, C, H, W], got [1, 4, 4]",
     ),
     "x dtype": (
         lambda: conv_norm_relu_pool(X.long(), KERNEL, OF, OF, OF),
@@ -307,7 +307,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "weight": (
         lambda: conv_norm_relu_pool(X, KERNEL, OF, torch.zeros(2), OF),
         ValueError,
-        "weight: expected [..., 3], got [2]",
+        "weight: expected shape [..., 3], got [2]",
     ),
     "weight none": (
         lambda: conv_norm_relu_pool(X, KERNEL, OF, None, OF),
@@ -322,18 +322,43 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mean alone": (
         lambda: conv_norm_relu_pool(X, KERNEL, OF, OF, OF, OF),
         ValueError,
-        "mean, var: expected both or none",
+        "var: expected with mean, got None",
     ),
     "no pixels": (
         lambda: conv_norm_relu_pool(X[:0], KERNEL, OF, OF, OF),
         ValueError,
-        "x: expected pixels to take statistics of, got [0, 1, 4, 4]",
+        "x: expected a pixel to take the statistics of, got shape [0, 1, 4, 4]",
+    ),
+    "small images": (
+        lambda: conv_norm_relu_pool(X[..., :1], KERNEL, OF, OF, OF),
+        ValueError,
+        "x: expected images of at least 2 x 2 to pool, got shape [2, 1, 4, 1]",
+    ),
+    "kernel dtype": (
+        lambda: conv_norm_relu_pool(X, KERNEL.double(), OF, OF, OF),
+        TypeError,
+        "conv_weight: expected the dtype of x, torch.float32, got torch.float64",
+    ),
+    "var dtype": (
+        lambda: conv_norm_relu_pool(X.half(), KERNEL, OF, OF, OF, OF, OF.double()),
+        TypeError,
+        "var: expected the dtype of x, torch.float16 or torch.float32, got torch.float64",
+    ),
+    "eps": (
+        lambda: conv_norm_relu_pool(X, KERNEL, OF, OF, OF, eps=-1),
+        ValueError,
+        "eps: expected a number that is not negative, got -1",
+    ),
+    "eps text": (
+        lambda: conv_norm_relu_pool(X, KERNEL, OF, OF, OF, eps="1"),
+        TypeError,
+        "eps: expected a number, got str",
     ),
     "leading": (
         lambda: conv_norm_relu_pool(X.expand(2, 2, 1, 4, 4), KERNEL, OF, OF.expand(3, 3), OF),
         ValueError,
-        "leading dimensions: expected shapes that broadcast, but x has [2], conv_weight has [], conv_bias has [], "
-        "weight has [3], bias has []",
+        "leading dimensions: expected shapes that broadcast, but x has [2], conv_weight has [], weight has [3], "
+        "bias has [], conv_bias has []",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from metafast import reference, sgd_update
-from metafast.inner_update import UPDATE
+from metafast.inner_update import UPDATE, UPDATE_VJP
 from tests.cases import assert_same
 
 
@@ -149,6 +150,15 @@ def test_the_rates_gradient_does_not_depend_on_the_threads(size: int) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     exact = -(grads.double() * upstream.double()).sum()
     torch.testing.assert_close(found[0].double(), exact, rtol=0, atol=1e-6 * size**0.5)
+
+
+def test_one_infinite_gradient_for_all_columns() -> None:
+    """Each rate's gradient is infinite, not NaN, also where large results are stored line by line."""
+    upstream, slopes = torch.ones(2201, 1051), torch.ones(2201, 1)
+    slopes[7] = math.inf
+    scaled, found = UPDATE_VJP([upstream], [slopes], [torch.full((1051,), 0.5)], True)
+    assert torch.equal(scaled, torch.full_like(scaled, -0.5))
+    assert torch.equal(found, torch.full((1051,), -math.inf))
 
 
 def test_unrolled_steps() -> None:

@@ -34,13 +34,13 @@ enum class Extent { any, own, one };
 
 std::vector<Extent> extents(const Tensor& operand, const char* name, const Sizes& out) {
   const int64_t lead = static_cast<int64_t>(out.size()) - operand.dim();
+  if (lead < 0) fail(name, ": ", shape_text(operand), " has more dimensions than the result");
   std::vector<Extent> found(out.size(), Extent::one);
   for (int64_t k = 0; k < static_cast<int64_t>(out.size()); ++k) {
     const int64_t size = k < lead ? 1 : operand.size(k - lead);
     if (size != 1 && size != out[k]) fail(name, ": ", shape_text(operand), " does not broadcast to the result's shape");
     found[k] = out[k] == 1 ? Extent::any : size == 1 ? Extent::one : Extent::own;
   }
-  if (lead < 0) fail(name, ": ", shape_text(operand), " has more dimensions than the result");
   return found;
 }
 
@@ -309,11 +309,11 @@ Tensors sgd_update_vjp(const Tensors& upstream, const Tensors& grads, const Tens
       auto* kernel =
           own.grads.dense ? METAFAST_KERNEL(products_span<S, true>) : METAFAST_KERNEL(products_span<S, false>);
       const int64_t b = piece.first_column, count = piece.last_column - b, o = piece.first_row;
-      constexpr int64_t kRoom = 64, kRowsInPart = 64;
-      const Scratch<A> part(count + kRoom), total(count + kRoom);
+      constexpr int64_t kRowsInPart = 64;
+      const Scratch<A> part(count), total(count);
       std::fill_n(total.get(), count, A(0));
       for (int64_t first = 0; first < own.rows; first += kRowsInPart) {
-        std::fill_n(part.get(), count + kRoom, A(0));
+        std::fill_n(part.get(), count, A(0));
         for (int64_t a = first; a < std::min(first + kRowsInPart, own.rows); ++a) {
           S* to = to_scaled(piece);
           kernel(own.upstream.at<S>(o, a, b), own.grads.at<S>(o, a, b), own.rates.at<S>(o, a, b),
