@@ -1,7 +1,8 @@
 """A whole training step of a prototypical network, time and memory: ``python -m benchmarks.training [--out FILE]``.
 
 Conv4-64, 60-way 1-shot with 5 queries (360 images of 28 x 28), Adam; sampling, forward, backward and update. "Plain" is
-what a user writes in PyTorch: tasks and classes drawn in Python, torch's layers, ``torch.cdist``. Each way runs in a
+what a user writes in PyTorch: tasks and classes drawn in Python, torch's layers, ``torch.cdist``; ours is
+:func:`metafast.training.fit` with all that it does beside. Each way runs in a
 process of its own, since an allocator that keeps its pages cannot be told to stop; the processes alternate, and the
 median of their medians counts. The peak is what the process grows by from before the first step.
 """
@@ -9,6 +10,8 @@ median of their medians counts. The peak is what the process grows by from befor
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import random
 import re
@@ -16,6 +19,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +35,9 @@ from metafast import Conv4, EpisodeSampler
 from metafast._library import keep_pages
 from metafast.data import glyphs
 from metafast.learners import ProtoNet
+from metafast.training import fit
 from metafast.training.files import write_atomically
+from metafast.training.history import Row
 
 WAYS, SHOTS, QUERIES, CLASSES, PER_CLASS = 60, 1, 5, 100, 20
 STEPS, WARM_UP = 16, 4
@@ -40,7 +46,7 @@ DEFAULT, OURS, HALF = "metafast, default allocator", "metafast", "metafast, bflo
 #: What `metafast train` runs is the last but one, and with `--precision bfloat16` the last.
 WAYS_TO_DO_IT = (PLAIN, PLAIN_KEPT, DEFAULT, OURS, HALF)
 
-Step = Callable[[int], Tensor]
+Step = Callable[[], Tensor]
 
 
 def block(inputs: int, channels: int) -> nn.Sequential:
@@ -57,7 +63,7 @@ def plain_step() -> Step:
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     labels = torch.arange(WAYS).repeat_interleave(QUERIES)
 
-    def step(number: int) -> Tensor:
+    def step() -> Tensor:
         chosen = random.sample(range(CLASSES), WAYS)
         rows = [random.sample(range(PER_CLASS), SHOTS + QUERIES) for _ in chosen]
         support = torch.stack([data[c][r] for c, own in zip(chosen, rows, strict=True) for r in own[:SHOTS]])
@@ -73,20 +79,23 @@ def plain_step() -> Step:
     return step
 
 
-def metafast_step(precision: torch.dtype) -> Step:
-    learner = ProtoNet(Conv4()).train()
-    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+def plain_times(steps: int) -> list[float]:
+    """Seconds of each step."""
+    step, times = plain_step(), []
+    for number in range(steps):
+        begin = time.perf_counter()
+        loss = step()
+        times.append(time.perf_counter() - begin)
+        if not loss.isfinite():
+            raise RuntimeError(f"the loss of step {number} is {float(loss)}")
+    return times
+
+
+def metafast_rows(steps: int, precision: str) -> list[Row]:
+    """A run as ``metafast train`` makes it: losses looked at in every step, rows and a checkpoint written."""
     sampler = EpisodeSampler(glyphs(CLASSES, per_class=PER_CLASS), WAYS, SHOTS, QUERIES)
-
-    def step(number: int) -> Tensor:
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            loss = learner(sampler(number)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        return fit(ProtoNet(Conv4()), sampler, steps, precision=precision, out=folder).rows
 
 
 def memory(field: str) -> int:
@@ -104,17 +113,13 @@ def once(way: str, threads: int, steps: int = STEPS) -> dict[str, float]:
         raise RuntimeError("this C library cannot keep its pages")
     torch.manual_seed(0)
     random.seed(0)
+    before = memory("VmRSS")
     if way in (PLAIN, PLAIN_KEPT):
-        step = plain_step()
+        times = plain_times(WARM_UP + steps)
     else:
-        step = metafast_step(torch.bfloat16 if way == HALF else torch.float32)
-    times, before = [], memory("VmRSS")
-    for number in range(WARM_UP + steps):
-        begin = time.perf_counter()
-        loss = step(number)
-        times.append(time.perf_counter() - begin)
-        if not loss.isfinite():
-            raise RuntimeError(f"{way}: the loss of step {number} is {float(loss)}")
+        rows = metafast_rows(WARM_UP + steps, "bfloat16" if way == HALF else "float32")
+        times = [row.seconds - last.seconds for last, row in itertools.pairwise(rows)]
+        times.insert(0, rows[0].seconds)
     return {"seconds": statistics.median(times[WARM_UP:]), "peak_bytes": memory("VmHWM") - before}
 
 
