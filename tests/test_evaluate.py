@@ -347,20 +347,22 @@ class TestState:
         assert result.per_episode.tolist() == hits.double().mean(-1).tolist()
         assert result.batch_norm == "running"
 
+    @pytest.mark.parametrize("own", [False, True])
     @pytest.mark.parametrize("tasks", [1, 2, 5])
-    def test_transductive_statistics_are_those_of_each_episode(self, sampler, tasks):
+    def test_transductive_statistics_are_those_of_each_episode(self, sampler, tasks, own):
+        """Also where the learner takes them so itself, and gets its batches undivided."""
         whole = sampler(0)
 
-        def learner():
+        def learner(own=False):
             torch.manual_seed(0)
-            return ProtoNet(Conv4(channels=4))
+            return ProtoNet(Conv4(channels=4), episode_statistics=own)
 
         expected = []
         for task in range(5):
             logits = learner().train()(whole[task]).logits
             expected.append(float((logits.argmax(-1) == whole[task].query_y).double().mean()))
         parts = [whole[start : start + tasks] for start in range(0, 5, tasks)]
-        result = evaluate(learner(), parts, 5, batch_norm="transductive")
+        result = evaluate(learner(own), parts, 5, batch_norm="transductive")
         assert result.per_episode.tolist() == expected
         assert result.batch_norm == "transductive"
 
