@@ -372,9 +372,11 @@ def _adapted(
     )
 
 
-def _norm(name: str, x: Input, per_task: bool, given: bool = False, **options: Any) -> Case:
+def _normalising(
+    name: str, inputs: dict[str, Input], per_task: bool, given: bool, names: list[str], **options: Any
+) -> Case:
     """The statistics are results in the dtype of the inputs, if they are results."""
-    inputs = {"x": x, "weight": Input("d", per_task=per_task), "bias": Input("d", per_task=per_task)}
+    inputs |= {name: Input("d", per_task=per_task) for name in names}
     if given:
         inputs |= {"mean": Input("d"), "std": Input("d", per_task=per_task)}
 
@@ -382,44 +384,30 @@ def _norm(name: str, x: Input, per_task: bool, given: bool = False, **options: A
         def of(*values: Any) -> Any:
             own = list(values[:-1])
             if given:
-                own[4] = own[4].square() + 0.5
+                own[-1] = own[-1].square() + 0.5
             y, *statistics = function(*own, **options)
             return y if given else (y, *(s.to(y.dtype) for s in statistics))
 
         return of
 
+    operator = name.partition("-")[0]
     return Case(
-        f"norm_relu_pool-{name}",
-        call(metafast.norm_relu_pool),
-        call(reference.norm_relu_pool),
+        name,
+        call(getattr(metafast, operator)),
+        call(getattr(reference, operator)),
         inputs,
         kernels_only=False,
     )
 
 
+def _norm(name: str, x: Input, per_task: bool, given: bool = False, **options: Any) -> Case:
+    return _normalising(f"norm_relu_pool-{name}", {"x": x}, per_task, given, ["weight", "bias"], **options)
+
+
 def _conv_block(name: str, x: Input, per_task: bool, given: bool = False) -> Case:
-    """The statistics as for :func:`_norm`."""
     inputs = {"x": x, "conv_weight": Input(f"d {x.shape.split()[1]} 3 3", per_task=per_task)}
-    inputs |= {name: Input("d", per_task=per_task) for name in ("conv_bias", "weight", "bias")}
-    if given:
-        inputs |= {"mean": Input("d"), "std": Input("d", per_task=per_task)}
-
-    def call(function: Callable[..., Any]) -> Callable[..., Any]:
-        def of(*values: Any) -> Any:
-            own = list(values[:-1])
-            if given:
-                own[6] = own[6].square() + 0.5
-            y, *statistics = function(*own)
-            return y if given else (y, *(s.to(y.dtype) for s in statistics))
-
-        return of
-
-    return Case(
-        f"conv_norm_relu_pool-{name}",
-        call(metafast.conv_norm_relu_pool),
-        call(reference.conv_norm_relu_pool),
-        inputs,
-        kernels_only=False,
+    return _normalising(
+        f"conv_norm_relu_pool-{name}", inputs, per_task, given, ["conv_bias", "weight", "bias"]
     )
 
 

@@ -6,6 +6,7 @@ cannot be built. Under every build but the plain one only the tests of emulated 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if not _wanted(item)]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if _wanted(item)]
+
+
+def pytest_collection_finish() -> None:
+    # The tests themselves stay: garbage collections need not go through them every time.
+    gc.freeze()
 
 
 def _vector_bits_or_reason(bits: int) -> str:

@@ -72,7 +72,14 @@ class TestFiniteDifferences:
         inputs = case.make((1,), {"n": 2, "m": 2, "d": 2, "C": 2}, device=hardware, requires_grad=True)
         function = case.closed(case.function, inputs, 2)
         gradient = first_gradient(lambda *values: tuple(o.sin() for o in outputs(function(*values))))
-        assert gradgradcheck(gradient, case.floats(inputs), check_fwd_over_rev=True, check_rev_over_rev=True)
+        # Along random directions: element by element it is 250 s for all cases.
+        assert gradgradcheck(
+            gradient,
+            case.floats(inputs),
+            check_fwd_over_rev=True,
+            check_rev_over_rev=True,
+            fast_mode=True,
+        )
 
 
 class TestReference:
@@ -328,7 +335,6 @@ class TestAutograd:
     @pytest.mark.parametrize("order", [0, 1, 2])
     def test_graphs_are_freed(self, case: Case, order: int, device: torch.device) -> None:
         """No cycle keeps results or inputs alive: they go with their last reference, without the collector."""
-        gc.collect()
         gc.disable()
         try:
             inputs = case.make((2,), SMALL, device=device, requires_grad=True)

@@ -261,13 +261,13 @@ def test_upstream_gradients_of_any_layout(case: Case, device: torch.device) -> N
 @each_case
 @pytest.mark.parametrize("tasks", [1, 3, 9])
 def test_same_bits_always(
-    case: Case, tasks: int, threads: Callable[[int], None], kernels: torch.device
+    case: Case, tasks: int, threads: Callable[[int], None], device: torch.device
 ) -> None:
     """On repetition, for any number of threads, fewer than the tasks or more, and for any order of a GPU's threads."""
     sizes = {"n": 37, "m": 150, "d": 515, "C": 7}
     if simt.active():
         sizes = {"n": 19, "m": 13, "d": 133, "C": 7}
-    inputs = case.make((tasks,), sizes, torch.float32, kernels)
+    inputs = case.make((tasks,), sizes, torch.float32, device)
     threads(1)
     expected = results(case.function, inputs, 7)
     for count in (1, 2, 3, 2):

@@ -52,8 +52,11 @@ void products_span(const S* upstream, const S* grads, const S* rates, S* scaled,
     const vector_t<A> value = read_span<S>(upstream, true, k, own);
     const vector_t<A> product = value * read_span<S>(grads, G, k, own);
     // The lanes behind a part of a vector belong to others, and 0 times one infinite gradient of all is not 0.
-    if (own == kWidth<A>) store<A>(part + k, load<A>(part + k) + product);
-    else store_part<A>(part + k, load_part<A>(part + k, own) + product, own);
+    if (own == kWidth<A>) {
+      store<A>(part + k, load<A>(part + k) + product);
+    } else {
+      store_part<A>(part + k, load_part<A>(part + k, own) + product, own);
+    }
     return value;
   };
   if (scaled == nullptr) {

@@ -356,6 +356,29 @@ void slice_statistics(const Maps& maps, const S* x, int64_t begin, int64_t end,
   }
 }
 
+// Calls body(values' places, strip, where their result lies) for every window, or pixel, of the images.
+template <bool Pool, bool Last, class A, class S, class Body>
+void for_places(const Maps& maps, const S* x, const S* x_end, int64_t begin, int64_t end, const Body& body) {
+  if constexpr (!Pool) {
+    for_pixels<Last>(maps, begin, end,
+                     [&](int64_t at, const Strip& strip) { body(OnePlace<const S>{{x + at}}, strip, at); });
+  } else {
+    const Scratch<A> buffer(Last ? 0 : Sorted<A>::size(maps));
+    const Sorted<A> sorted(buffer.get(), maps);
+    for_windows<Last>(
+        maps, begin, end,
+        [&](int64_t at, int64_t to, int64_t bands, const Strip& strip) {
+          if constexpr (Last) {
+            body(Places<const S>(x + at, maps), strip, to);
+          } else {
+            sort_windows<S, A>(maps, x + at, bands, x_end, sorted);
+            body(sorted, strip, to);
+          }
+        },
+        [](int64_t, const Strip&) {});
+  }
+}
+
 // y and, with pooling, choice. Values up to `floor`, which may be NaN for none, become it.
 template <bool Last, bool Pool, class S>
 void normalise(const Maps& maps, const S* x, const S* x_end, PerChannel<accumulate_t<S>> normal, accumulate_t<S> floor,
@@ -380,24 +403,7 @@ void normalise(const Maps& maps, const S* x, const S* x_end, PerChannel<accumula
       lanes.write(y + to + j, best <= floor ? V{} + floor : best);
     });
   };
-  if constexpr (!Pool) {
-    for_pixels<Last>(maps, begin, end,
-                     [&](int64_t at, const Strip& strip) { body(OnePlace<const S>{{x + at}}, strip, at); });
-  } else {
-    const Scratch<A> buffer(Last ? 0 : Sorted<A>::size(maps));
-    const Sorted<A> sorted(buffer.get(), maps);
-    for_windows<Last>(
-        maps, begin, end,
-        [&](int64_t at, int64_t to, int64_t bands, const Strip& strip) {
-          if constexpr (Last) {
-            body(Places<const S>(x + at, maps), strip, to);
-          } else {
-            sort_windows<S, A>(maps, x + at, bands, x_end, sorted);
-            body(sorted, strip, to);
-          }
-        },
-        [](int64_t, const Strip&) {});
-  }
+  for_places<Pool, Last, A>(maps, x, x_end, begin, end, body);
 }
 
 // The gradient of the normalised values of a window or a pixel: as it comes from y where they lie above the floor.
@@ -450,24 +456,7 @@ void gradient_sums(const Maps& maps, const S* x, const S* x_end, PerChannel<accu
   for (int n = 0; n < kGradSums; ++n) {
     for (int64_t c = 0; c < sums.stride; ++c) sums.row(n)[c] = A(0);
   }
-  if constexpr (!Pool) {
-    for_pixels<Last>(maps, begin, end,
-                     [&](int64_t at, const Strip& strip) { body(OnePlace<const S>{{x + at}}, strip, at); });
-  } else {
-    const Scratch<A> buffer(Last ? 0 : Sorted<A>::size(maps));
-    const Sorted<A> sorted(buffer.get(), maps);
-    for_windows<Last>(
-        maps, begin, end,
-        [&](int64_t at, int64_t to, int64_t bands, const Strip& strip) {
-          if constexpr (Last) {
-            body(Places<const S>(x + at, maps), strip, to);
-          } else {
-            sort_windows<S, A>(maps, x + at, bands, x_end, sorted);
-            body(sorted, strip, to);
-          }
-        },
-        [](int64_t, const Strip&) {});
-  }
+  for_places<Pool, Last, A>(maps, x, x_end, begin, end, body);
 }
 
 // dx = g scale + constant + (x - mean) slope; g scale alone where the statistics are given.
