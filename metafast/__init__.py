@@ -5,6 +5,7 @@ from metafast.backbones import Conv4
 from metafast.conv_block import conv_norm_relu_pool
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
+from metafast.inner_loop import Adapted, inner_loop
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.mlp import adapt_mlp, adapted_mlp
@@ -14,6 +15,7 @@ from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
 
 __all__ = [
+    "Adapted",
     "Conv4",
     "EpisodeSampler",
     "Episodes",
@@ -29,6 +31,7 @@ __all__ = [
     "data",
     "evaluate",
     "fit",
+    "inner_loop",
     "learners",
     "norm_relu_pool",
     "pairwise_distance",

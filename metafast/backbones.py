@@ -14,7 +14,7 @@ from metafast.conv_block import conv_norm_relu_pool
 from metafast.norm_relu_pool import norm_relu_pool
 
 
-class _Block(nn.Sequential):
+class Block(nn.Sequential):
     """3x3 convolution, BatchNorm, ReLU, 2x2 max-pool: in one operator, or the last three, where they are just these."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -26,44 +26,59 @@ class _Block(nn.Sequential):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own."""
-        convolution, norm, relu, pool = self
-        lead, own = images.shape[:-4], images.flatten(0, -4)
-        batch = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
-        # Another forward of BatchNorm is that of training on several ranks, which know nothing of tasks.
-        fits = all(map(_is_plain, (norm, relu, pool))) and (lead or "forward" not in vars(norm))
-        if isinstance(norm, nn.BatchNorm2d) and fits and own.shape[0] > 0:
-            updates = norm.training and norm.track_running_stats and norm.running_mean is not None
-            # Under a transform of torch.func only torch's own operator may change what it has not been given.
-            if not updates or peek_interpreter_stack() is None:
-                return self._fused(convolution, norm, images, bool(batch), updates)
-        if lead and batch:
-            raise ValueError(
-                f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
-            )
-        y: Tensor = pool(relu(norm(convolution(own))))
-        return y.unflatten(0, images.shape[:-3])
+        return call_block(self, images)
 
-    @staticmethod
-    def _fused(
-        convolution: nn.Module, norm: nn.BatchNorm2d, images: Tensor, batch: bool, updates: bool
-    ) -> Tensor:
-        given = (None, None) if batch else (norm.running_mean, norm.running_var)
-        if _is_cheap(convolution, images) and norm.affine:
-            maps = images
-            y, mean, var = conv_norm_relu_pool(
-                images, convolution.weight, convolution.bias, norm.weight, norm.bias, *given, eps=norm.eps
-            )
-        else:
-            maps = convolution(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
-            y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
-        if updates:
-            count = maps.shape[-4] * maps.shape[-2] * maps.shape[-1]
-            unbiased = var.detach() * (count / max(count - 1, 1))
-            update_running_statistics(
-                norm, *(value.reshape(-1, value.shape[-1]).mean(0) for value in (mean.detach(), unbiased))
-            )
-        return y
+
+def call_block(block: nn.Sequential, images: Tensor) -> Tensor:
+    """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own."""
+    convolution, norm, relu, pool = block
+    lead, own = images.shape[:-4], images.flatten(0, -4)
+    batch = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
+    # Another forward of BatchNorm is that of training on several ranks, which know nothing of tasks.
+    fits = all(map(_is_plain, (norm, relu, pool))) and (lead or "forward" not in vars(norm))
+    if isinstance(norm, nn.BatchNorm2d) and fits and own.shape[0] > 0:
+        updates = norm.training and norm.track_running_stats and norm.running_mean is not None
+        # Under a transform of torch.func only torch's own operator may change what it has not been given.
+        if not updates or peek_interpreter_stack() is None:
+            return _fused(convolution, norm, images, bool(batch), updates)
+    if lead and batch:
+        raise ValueError(
+            f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
+        )
+    y: Tensor = pool(relu(norm(convolution(own))))
+    return y.unflatten(0, images.shape[:-3])
+
+
+def _fused(
+    convolution: nn.Module, norm: nn.BatchNorm2d, images: Tensor, batch: bool, updates: bool
+) -> Tensor:
+    given = (None, None) if batch else (norm.running_mean, norm.running_var)
+    if _is_cheap(convolution, images) and norm.affine:
+        maps = images
+        y, mean, var = conv_norm_relu_pool(
+            images, convolution.weight, convolution.bias, norm.weight, norm.bias, *given, eps=norm.eps
+        )
+    else:
+        maps = convolution(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+        y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
+    if updates:
+        count = maps.shape[-4] * maps.shape[-2] * maps.shape[-1]
+        unbiased = var.detach() * (count / max(count - 1, 1))
+        update_running_statistics(
+            norm, *(value.reshape(-1, value.shape[-1]).mean(0) for value in (mean.detach(), unbiased))
+        )
+    return y
+
+
+def is_block(layers: nn.Module) -> bool:
+    """Whether a chain of layers, and nothing else, is what :class:`Block` is."""
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+    return (
+        type(layers) in (nn.Sequential, Block)
+        and not is_hooked(layers)
+        and tuple(map(type, layers.children())) == kinds
+        and all(map(_is_plain, list(layers.children())[1:]))
+    )
 
 
 #: What the fused operators compute: layers of these types with these attributes.
@@ -89,7 +104,7 @@ _PLAIN: dict[type[nn.Module], dict[str, Any]] = {
 }
 
 
-def _hooked(layer: nn.Module) -> bool:
+def is_hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to see the layer's calls, or to change them."""
     return any(
         getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
@@ -101,7 +116,7 @@ def _is_plain(layer: nn.Module) -> bool:
     constants = _PLAIN.get(type(layer))
     return (
         constants is not None
-        and not _hooked(layer)
+        and not is_hooked(layer)
         and all(getattr(layer, name) == value for name, value in constants.items())
     )
 
@@ -168,10 +183,10 @@ class Conv4(nn.Module):
         self.in_channels = in_channels
         self.channels = channels
         self.encoder = nn.Sequential(
-            _Block(in_channels, channels),
-            _Block(channels, channels),
-            _Block(channels, channels),
-            _Block(channels, channels),
+            Block(in_channels, channels),
+            Block(channels, channels),
+            Block(channels, channels),
+            Block(channels, channels),
         )
         # Channels-last maps make a training step on the CPU a third faster and suit half precision on CUDA.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,220 @@
+"""A module as a function of its parameters: what an inner loop calls in its place, and leaves as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from metafast.backbones import call_block, is_block, is_hooked
+from metafast.norm_relu_pool import norm_relu_pool
+
+BATCH_NORM_POLICIES = ("transductive", "running")
+OUTPUT_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": functional.cross_entropy,
+    "mse": functional.mse_loss,
+}
+_ACTIVATIONS: Mapping[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+#: Up to so many input planes a convolution with a task's own weights is cheaper as a product with the unfolded images
+#: than as a group of a grouped convolution (forward and backward on two cores, 8 tasks of 5 images: 4 against 15 ms for
+#: 1 to 64 planes of 28 x 28, 22 against 10 ms for 64 to 64 of 14 x 14).
+FEW_PLANES = 4
+
+
+class Form(NamedTuple):
+    """A module that a fused operator computes: linear layers by their names, one kind of activation between them."""
+
+    layers: tuple[str, ...]
+    activation: str
+    flattens: bool
+    biased: bool
+
+    @property
+    def single(self) -> bool:
+        return len(self.layers) == 1
+
+
+def fused_form(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> Form | None:
+    """The form of a linear layer or of a plain MLP, None for any other module."""
+    if type(module) is nn.Linear:
+        named: list[tuple[str, nn.Module]] = [("", module)]
+    elif type(module) is nn.Sequential:
+        named = [(f"{name}.", child) for name, child in module.named_children()]
+    else:
+        return None
+    if is_hooked(module) or any(is_hooked(child) for _, child in named):
+        return None
+    flattens = type(named[0][1]) is nn.Flatten if named else False
+    if flattens:
+        flatten: Any = named[0][1]
+        if (flatten.start_dim, flatten.end_dim) != (1, -1):
+            return None
+        named = named[1:]
+    linear, between = named[::2], [type(child) for _, child in named[1::2]]
+    if len(named) % 2 == 0 or not all(type(child) is nn.Linear for _, child in linear):
+        return None
+    if any(kind not in _ACTIVATIONS for kind in between) or len(set(between)) > 1:
+        return None
+    layers = tuple(name for name, _ in linear)
+    biased = [f"{name}bias" in parameters for name in layers]
+    tensors = [*parameters.values(), x]
+    if (
+        not (all(biased) or (len(layers) == 1 and not any(biased)))
+        or any(t.dtype not in (torch.float32, torch.float64) or t.dtype != x.dtype for t in tensors)
+        or not (flattens or x.dim() == 3)
+        or any(isinstance(child, nn.Linear) and child.out_features == 0 for _, child in linear)
+    ):
+        return None
+    return Form(layers, _ACTIVATIONS[between[0]] if between else "relu", flattens, all(biased))
+
+
+@contextlib.contextmanager
+def stateless(module: nn.Module, batch_norm: str) -> Iterator[None]:
+    """Inside, calls of ``module`` know no running statistics, or no others, and change none; its convolutional blocks
+    are computed as those of :class:`metafast.Conv4`, and :class:`_RightForms` stand in for torch's functions."""
+    hidden: list[tuple[nn.Module, str, Any]] = []
+    blocks: list[nn.Module] = []
+
+    def put(layer: nn.Module, name: str, value: Any) -> None:
+        hidden.append((layer, name, getattr(layer, name)))
+        setattr(layer, name, value)
+
+    try:
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):
+                if batch_norm == "running" and layer.running_mean is not None:
+                    put(layer, "training", False)
+                else:
+                    for name in ("running_mean", "running_var", "num_batches_tracked"):
+                        put(layer, name, None)
+            elif is_block(layer) and "forward" not in vars(layer):
+                layer.forward = MethodType(call_block, layer)
+                blocks.append(layer)
+        with _RightForms():
+            yield
+    finally:
+        for block in blocks:
+            del block.forward
+        for layer, name, value in reversed(hidden):
+            setattr(layer, name, value)
+
+
+class _RightForms(TorchFunctionMode):
+    """Functions whose derivative under vmap of grad torch has wrong, in forms of which it is right; and convolutions
+    with a task's own weights in the form that is faster.
+
+    Layer, batch and instance normalisation: https://github.com/pytorch/functorch/issues/534, open since 2022.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        form = _FORMS.get(function)
+        return function(*args, **(kwargs or {})) if form is None else form(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    size = math.prod(normalized_shape)
+    if size == 0 or tuple(x.shape[x.dim() - len(normalized_shape) :]) != tuple(normalized_shape):
+        return functional.layer_norm(x, normalized_shape, weight, bias, eps)
+    scale, shift = (None if value is None else value.reshape(-1) for value in (weight, bias))
+    return functional.group_norm(x.reshape(-1, size), 1, scale, shift, eps).reshape(x.shape)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if use_input_stats:
+        return functional.group_norm(x, x.shape[1], weight, bias, eps)
+    return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    given = (None, None) if training else (running_mean, running_var)
+    maps = x.reshape(*x.shape[:2], -1, x.shape[-1] if x.dim() > 3 else 1)
+    return norm_relu_pool(maps, weight, bias, *given, eps=eps, relu=False, pool=False)[0].reshape(x.shape)
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    few = x.dim() == 4 and groups == 1 and weight.shape[1] <= FEW_PLANES and not isinstance(padding, str)
+    if not few or not _is_mapped(weight):
+        return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    steps, borders, spaces = (_pair(value) for value in (stride, padding, dilation))
+    kernel = tuple(weight.shape[-2:])
+    sides = [
+        (size + 2 * border - space * (length - 1) - 1) // step + 1
+        for size, length, step, border, space in zip(
+            x.shape[-2:], kernel, steps, borders, spaces, strict=True
+        )
+    ]
+    y = weight.flatten(1) @ functional.unfold(x, kernel, spaces, borders, steps)
+    if bias is not None:
+        y = y + bias[:, None]
+    return y.unflatten(-1, sides)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, *others = value if isinstance(value, (tuple, list)) else (value,)
+    return first, others[0] if others else first
+
+
+def _is_mapped(value: Tensor) -> bool:
+    """Whether vmap maps over it, at any level."""
+    while is_functorch_wrapped_tensor(value):
+        if is_batchedtensor(value):
+            return True
+        value = get_unwrapped(value)
+    return False
+
+
+_FORMS: Mapping[Any, Callable[..., Tensor]] = {
+    functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    functional.instance_norm: _instance_norm,
+    torch.instance_norm: _instance_norm,
+    functional.batch_norm: _batch_norm,
+    torch.batch_norm: _batch_norm,
+    functional.conv2d: _conv2d,
+}

@@ -1,0 +1,583 @@
+"""The engine: an inner loop of any module, for a batch of tasks at once."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from metafast import _check
+from metafast._inner_loss import LOSSES
+from metafast._stateless import BATCH_NORM_POLICIES, OUTPUT_LOSSES, Form, fused_form, stateless
+from metafast.inner_update import sgd_update
+from metafast.linear_head import adapt_linear, adapted_logits
+from metafast.mlp import adapt_mlp, adapted_mlp
+
+OPTIMIZERS = ("sgd", "adam")
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+Named = dict[str, Tensor]
+#: Of one step: a number or a tensor ``[]`` for all parameters, or for each by its name.
+Rate = float | Tensor | dict[str, Any]
+
+
+class BatchingWarning(UserWarning):
+    """A module cannot be called with the weights of all tasks at once, and is called task after task."""
+
+
+def inner_loop(
+    module: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    lr: Any,
+    steps: int,
+    *,
+    loss: Loss = "cross_entropy",
+    adapt: Iterable[str] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
+    optimizer: str = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    first_order: bool = False,
+    truncate: int | None = None,
+    batch_norm: str = "transductive",
+    recompute: bool = False,
+) -> Adapted:
+    r"""A module after K steps of gradient descent on each task's support rows, for all tasks at once.
+
+    .. math:: \theta_{t+1} = \theta_t - \alpha_t \circ \nabla E_{support}(\theta_t), \qquad t = 0 \ldots K-1
+
+    and exact second-order gradients for everything that requires them: initial parameters, those that do not adapt,
+    rates and rows. Finn, Abbeel and Levine, *Model-Agnostic Meta-Learning*, 2017.
+
+    A linear layer, and a ``Sequential`` of linear layers with one kind of activation, is a fused operator
+    (:func:`metafast.adapt_linear`, :func:`metafast.adapt_mlp`). Any other module is called by ``torch.func.vmap`` with
+    the weights of all tasks stacked; a module that cannot be, task after task, with a warning. ``Adapted.path`` says
+    which it was. The module itself, its buffers and its gradients are left as they are.
+
+    Args:
+        module: from rows ``[n, ...]`` to outputs ``[n, ...]``.
+        support_x: ``[T, n, ...]``.
+        support_y: ``[T, n, ...]``, what the loss compares the outputs with.
+        lr: the rates: a number; a tensor ``[]`` or ``[K]``, one for each step; a dict by the adapting parameters' names
+            of numbers, tensors ``[]`` (LSLR) or tensors like the parameter (Meta-SGD); or a sequence of K of those but
+            ``[K]``. A tensor gets its gradient.
+        steps: K, 0 or more.
+        loss: ``"cross_entropy"``, ``"mse"`` or a function from outputs and targets of one task to its mean loss.
+        adapt: names of the parameters that adapt, or of the submodules whose parameters do; None: all that require
+            gradients.
+        parameters: initial values in place of the module's own, by name: of the same shape, or ``[T, ...]``.
+        optimizer: ``"sgd"`` or ``"adam"``, each as in ``torch.optim``, its state that of this loop alone.
+        momentum: of SGD.
+        weight_decay: added to the gradient, times the parameter.
+        betas: of Adam.
+        eps: of Adam.
+        first_order: take the gradients that the steps follow for constants (FOMAML).
+        truncate: take them for constants in all but the last so many steps; None: in none.
+        batch_norm: ``"transductive"``: every call normalises by the statistics of its own rows, of each task;
+            ``"running"``: by the layer's running statistics. Neither changes them.
+        recompute: keep nothing of a step but its parameters for the backward pass, which computes it once more: memory
+            no longer grows with the steps' activations.
+
+    Returns:
+        The adapted module: call it with rows ``[T, m, ...]``.
+
+    Raises:
+        TypeError: wrong kind of an argument.
+        ValueError: unknown names, sizes that do not fit, numbers out of range.
+
+    Example:
+        >>> line = torch.nn.Linear(1, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = line.weight.fill_(0.0)
+        >>> x = torch.tensor([[[1.0], [2.0]]])
+        >>> adapted = inner_loop(line, x, 2 * x, 0.1, steps=1, loss="mse")
+        >>> adapted(torch.tensor([[[3.0]]]))
+        tensor([[[3.]]], grad_fn=<UnsafeViewBackward0>)
+    """
+    _check_arguments(module, support_x, support_y, steps, loss, optimizer, truncate, batch_norm)
+    own: Named = dict(module.named_parameters())
+    names = _adapting(module, own, adapt)
+    tasks = support_x.shape[0]
+    start, fixed = _initial(own, names, dict(parameters or {}), tasks)
+    rates = _rates(lr, steps, {name: own[name] for name in names})
+    shared = all(start[name].dim() == own[name].dim() for name in names)
+    if isinstance(loss, str) and optimizer == "sgd" and truncate is None and not fixed:
+        form = fused_form(module, own, support_x)
+        decays = momentum != 0 or weight_decay != 0
+        if form is not None and not isinstance(rates, list) and (form.single or not decays):
+            options: dict[str, Any] = {"loss": loss, "first_order": first_order}
+            if form.single:
+                options |= {"momentum": momentum, "weight_decay": weight_decay}
+            return _Fused(form, start, own, (support_x, support_y), rates, steps, options)
+    stacked = {
+        name: value if value.dim() > own[name].dim() else value.expand(tasks, *value.shape)
+        for name, value in start.items()
+    }
+    function = _Function(module, fixed, OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss, batch_norm)
+    rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
+    constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
+    trace = [stacked]
+    slots: Any = {}
+    for t in range(steps):
+        # All tasks share the first step's weights, which makes it cheaper.
+        alike = shared and t == 0
+        step = _Step(function, rule, t, alike, t < constant)
+        state = (start if alike else trace[-1], slots, _rate_of(rates, t), fixed, support_x, support_y)
+        if recompute and torch.is_grad_enabled():
+            values, slots = _recomputed(step, state)
+        else:
+            values, slots = step(*state)
+        trace.append(values)
+    return _Stacked(function, trace)
+
+
+class Adapted:
+    """A module that has adapted to T tasks: called with rows ``[T, m, ...]`` it gives their outputs.
+
+    Attributes:
+        path: how it did: ``"fused"``, ``"batched"`` or ``"loop"``.
+        parameters: those that adapted, ``[T, ...]``, by their names in the module.
+    """
+
+    path: str
+    parameters: Named
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def after(self, step: int) -> Adapted:
+        """The module after so many of its steps, such as for the loss of each step (MAML++)."""
+        raise NotImplementedError
+
+
+class _Fused(Adapted):
+    """A linear layer or an MLP: one operator runs the loop as soon as it is known what is wanted of it."""
+
+    path = "fused"
+
+    def __init__(
+        self,
+        form: Form,
+        start: Named,
+        own: Named,
+        support: tuple[Tensor, Tensor],
+        rates: Any,
+        steps: int,
+        options: dict[str, Any],
+    ) -> None:
+        self._form, self._start, self._own, self._support = form, start, own, support
+        self._rates, self._steps, self._options = rates, steps, options
+
+    def _arguments(self, x: Tensor | None = None) -> tuple[Any, ...]:
+        form, (support_x, support_y) = self._form, self._support
+        rows = [support_x, x] if x is not None else [support_x]
+        if form.flattens:
+            rows = [value.flatten(2) for value in rows]
+        weights, biases = (
+            [self._start.get(name + kind) for name in form.layers] for kind in ("weight", "bias")
+        )
+        rates = self._rates
+        if isinstance(rates, dict):
+            weight_rates, bias_rates = (
+                [self._rate_like(name + kind) for name in form.layers] for kind in ("weight", "bias")
+            )
+            rates = (weight_rates[0], bias_rates[0]) if form.single else (weight_rates, bias_rates)
+        layers = (weights[0], biases[0]) if form.single else (weights, biases)
+        return rows[0], support_y, *rows[1:], *layers, rates, self._steps
+
+    def _rate_like(self, name: str) -> Tensor | None:
+        """A rate for each entry of a parameter, as the operators take them."""
+        if name not in self._own:
+            return None
+        like = self._own[name]
+        return torch.as_tensor(self._rates[name], dtype=like.dtype, device=like.device).expand(like.shape)
+
+    @cached_property
+    def parameters(self) -> Named:  # type: ignore[override]
+        if self._form.single:
+            weight, bias = adapt_linear(*self._arguments(), **self._options)
+            layers = [(weight, bias)]
+        else:
+            adapted = adapt_mlp(*self._arguments(), activation=self._form.activation, **self._options)
+            layers = list(zip(*adapted, strict=True))
+        found = {}
+        for name, (weight, bias) in zip(self._form.layers, layers, strict=True):
+            found[f"{name}weight"] = weight
+            if bias is not None:
+                found[f"{name}bias"] = bias
+        return found
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._form.single:
+            return adapted_logits(*self._arguments(x), **self._options)
+        return adapted_mlp(*self._arguments(x), activation=self._form.activation, **self._options)
+
+    def after(self, step: int) -> Adapted:
+        _check_step(step, self._steps)
+        rates = self._rates
+        if isinstance(rates, Tensor) and rates.dim():
+            rates = rates[:step]
+        return _Fused(self._form, self._start, self._own, self._support, rates, step, self._options)
+
+
+class _Stacked(Adapted):
+    """Any module, its parameters after each step."""
+
+    def __init__(self, function: _Function, trace: list[Named]) -> None:
+        self._function, self._trace = function, trace
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return "batched" if self._function.batched else "loop"
+
+    @property
+    def parameters(self) -> Named:  # type: ignore[override]
+        return self._trace[-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._function.outputs(self._trace[-1], x)
+
+    def after(self, step: int) -> Adapted:
+        _check_step(step, len(self._trace) - 1)
+        return _Stacked(self._function, self._trace[: step + 1])
+
+
+class _Function:
+    """The module as a function of its parameters, those of one task or of all."""
+
+    def __init__(
+        self, module: nn.Module, fixed: Named, loss: Callable[[Tensor, Tensor], Tensor], batch_norm: str
+    ) -> None:
+        self.module, self.fixed, self.loss, self.batch_norm = module, fixed, loss, batch_norm
+        self.batched = True
+
+    def _call(self, own: Named, fixed: Named, x: Tensor) -> Tensor:
+        # What the module does to its buffers stays in here.
+        buffers = {name: value.clone() for name, value in self.module.named_buffers()}
+        out: Tensor = functional_call(self.module, {**buffers, **fixed, **own}, (x,))
+        return out
+
+    def outputs(self, own: Named, x: Tensor) -> Tensor:
+        """``[T, m, ...]``."""
+        tasks = x.shape[0]
+        in_dims = {
+            name: 0 if value.dim() and value.shape[0] == tasks else None for name, value in own.items()
+        }
+        with self._prepared():
+            return self._for_tasks(
+                lambda: vmap(
+                    lambda values, rows: self._call(values, self.fixed, rows),
+                    in_dims=(in_dims, 0),
+                    randomness="different",
+                )(own, x),
+                lambda: torch.stack(
+                    [
+                        self._call({name: value[t] for name, value in own.items()}, self.fixed, x[t])
+                        for t in range(tasks)
+                    ]
+                ),
+            )
+
+    def gradients(
+        self, own: Named, shared: bool, fixed: Named, x: Tensor, y: Tensor, create_graph: bool
+    ) -> Named:
+        """Those of each task's loss, ``[T, ...]``; ``shared``: the parameters are those of all tasks."""
+
+        def loss_of(values: Named, rows: Tensor, targets: Tensor) -> Tensor:
+            return self.loss(self._call(values, fixed, rows), targets)
+
+        def of_task(t: int) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                values = own if shared else {name: value[t] for name, value in own.items()}
+                values = {
+                    name: value if value.requires_grad else value.detach().requires_grad_()
+                    for name, value in values.items()
+                }
+                return torch.autograd.grad(
+                    loss_of(values, x[t], y[t]),
+                    list(values.values()),
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+
+        def in_turn() -> Named:
+            found = zip(*map(of_task, range(x.shape[0])), strict=True)
+            return {name: torch.stack(each) for name, each in zip(own, found, strict=True)}
+
+        each = vmap(grad(loss_of), in_dims=(None if shared else 0, 0, 0), randomness="different")
+        with self._prepared():
+            found: Named = self._for_tasks(lambda: each(own, x, y), in_turn)
+            return found
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        # Fused attention and cuDNN's recurrent layers have no second derivative.
+        with (
+            stateless(self.module, self.batch_norm),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not _recurs(self.module)),
+        ):
+            yield
+
+    def _for_tasks(self, together: Callable[[], Any], in_turn: Callable[[], Any]) -> Any:
+        if not self.batched:
+            return in_turn()
+        try:
+            return together()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # If it is the module's own error, this raises it too.
+            found = in_turn()
+            reason = str(error).strip().partition("\n")[0]
+        self.batched = False
+        warnings.warn(
+            f"{type(self.module).__name__} cannot be called with the weights of all tasks at once, so the tasks are "
+            f"taken one after the other, which is slow: {reason}",
+            BatchingWarning,
+            stacklevel=2,
+        )
+        return found
+
+
+def _recurs(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+
+
+class _Sgd(NamedTuple):
+    momentum: float
+    weight_decay: float
+
+    def __call__(self, own: Named, grads: Named, slots: Any, rate: Rate, t: int) -> tuple[Named, Any]:
+        grads = _decayed(own, grads, self.weight_decay)
+        if self.momentum:
+            if slots:
+                grads = {name: self.momentum * slots[name] + g for name, g in grads.items()}
+            slots = grads
+        return sgd_update(own, grads, rate), slots
+
+
+class _Adam(NamedTuple):
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def __call__(self, own: Named, grads: Named, slots: Any, rate: Rate, t: int) -> tuple[Named, Any]:
+        grads = _decayed(own, grads, self.weight_decay)
+        first, second = self.betas
+        moments: dict[str, tuple[Tensor, Tensor]] = {}
+        directions = {}
+        for name, g in grads.items():
+            m, v = slots[name] if slots else (torch.zeros_like(g), torch.zeros_like(g))
+            m, v = first * m + (1 - first) * g, second * v + (1 - second) * g * g
+            moments[name] = (m, v)
+            # The root's derivative at 0 would be infinite, times 0.
+            seen = v > 0
+            root = torch.where(seen, torch.where(seen, v, 1.0).sqrt(), 0.0)
+            directions[name] = (m / (1 - first ** (t + 1))) / (
+                root / (1 - second ** (t + 1)) ** 0.5 + self.eps
+            )
+        return sgd_update(own, directions, rate), moments
+
+
+def _decayed(own: Named, grads: Named, weight_decay: float) -> Named:
+    if not weight_decay:
+        return grads
+    return {name: g + weight_decay * own[name] for name, g in grads.items()}
+
+
+class _Step(NamedTuple):
+    """One step of all tasks."""
+
+    function: _Function
+    rule: _Sgd | _Adam
+    number: int
+    shared: bool
+    constant: bool
+
+    def __call__(
+        self, own: Named, slots: Any, rate: Rate, fixed: Named, x: Tensor, y: Tensor
+    ) -> tuple[Named, Any]:
+        if self.constant:
+            with torch.no_grad():
+                grads = self.function.gradients(own, self.shared, fixed, x, y, create_graph=False)
+        else:
+            record = torch.is_grad_enabled()
+            grads = self.function.gradients(own, self.shared, fixed, x, y, create_graph=record)
+        return self.rule(own, grads, slots, rate, self.number)
+
+
+def _recomputed(step: _Step, state: tuple[Any, ...]) -> Any:
+    """The step's results, which keep only its arguments: the backward pass makes it again."""
+    leaves, arguments = tree_flatten(state)
+    results: list[Any] = []
+
+    def run(*given: Any) -> tuple[Tensor, ...]:
+        flat, shape = tree_flatten(step(*tree_unflatten(list(given), arguments)))
+        results[:] = [shape]
+        return tuple(flat)
+
+    flat = _Recomputed.apply(run, *leaves)
+    return tree_unflatten(list(flat), results[0])
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *leaves: Any) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.save_for_backward(*(leaves[k] for k in ctx.tensors))
+        ctx.devices = sorted({t.device.index for t in ctx.saved_tensors if t.is_cuda})
+        ctx.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in ctx.devices]
+        return run(*leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        leaves, again = list(ctx.others), torch.is_grad_enabled()
+        for k, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            # Of a derivative of the derivative the arguments' own history is a part.
+            leaves[k] = tensor if again else tensor.detach().requires_grad_(tensor.requires_grad)
+        wanted = [k for k in ctx.tensors if ctx.needs_input_grad[k + 1]]
+        with torch.enable_grad(), torch.random.fork_rng(ctx.devices):
+            torch.set_rng_state(ctx.random[0])
+            for device, state in zip(ctx.devices, ctx.random[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            pairs = [(o, g) for o, g in zip(ctx.run(*leaves), grads, strict=True) if o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [leaves[k] for k in wanted],
+                [g for _, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        out: list[Tensor | None] = [None] * (len(leaves) + 1)
+        for k, gradient in zip(wanted, found, strict=True):
+            out[k + 1] = gradient
+        return tuple(out)
+
+
+def _check_arguments(
+    module: Any,
+    support_x: Any,
+    support_y: Any,
+    steps: Any,
+    loss: Any,
+    optimizer: str,
+    truncate: Any,
+    batch_norm: str,
+) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    for name, value in (("support_x", support_x), ("support_y", support_y)):
+        _check.is_tensor(value, name)
+        if value.dim() < 2:
+            raise ValueError(f"{name}: expected [T, n, ...], got {list(value.shape)}")
+    _check.same_size(support_y, 0, "support_y", support_x, 0, "support_x")
+    _check.same_size(support_y, 1, "support_y", support_x, 1, "support_x")
+    if support_x.shape[0] == 0:
+        raise ValueError(f"support_x: expected at least one task, got shape {list(support_x.shape)}")
+    _check.count(steps, "steps")
+    if isinstance(loss, str):
+        _check.choice(loss, "loss", LOSSES)
+    elif not callable(loss):
+        raise TypeError(f"loss: expected a name or a function, got {type(loss).__name__}")
+    _check.choice(optimizer, "optimizer", OPTIMIZERS)
+    _check.choice(batch_norm, "batch_norm", BATCH_NORM_POLICIES)
+    if truncate is not None:
+        _check.count(truncate, "truncate")
+
+
+def _check_step(step: Any, steps: int) -> None:
+    _check.count(step, "step")
+    if step > steps:
+        raise ValueError(f"step: expected at most {steps}, those that were taken, got {step}")
+
+
+def _adapting(module: nn.Module, own: Mapping[str, Tensor], adapt: Iterable[str] | None) -> list[str]:
+    """The names of the parameters that adapt, in the module's order."""
+    if adapt is None:
+        names = [name for name, value in own.items() if value.requires_grad]
+    else:
+        wanted = [adapt] if isinstance(adapt, str) else list(adapt)
+        for part in wanted:
+            if not any(name == part or name.startswith(f"{part}.") for name in own):
+                raise ValueError(f"adapt: expected names of parameters or submodules, got {part!r}")
+        names = [name for name in own if any(name == part or name.startswith(f"{part}.") for part in wanted)]
+    if not names:
+        raise ValueError(f"adapt: {type(module).__name__} has no parameters that adapt")
+    return names
+
+
+def _initial(
+    own: Named, names: Sequence[str], given: Mapping[str, Tensor], tasks: int
+) -> tuple[Named, Named]:
+    """Initial values of the parameters that adapt, and those of the others."""
+    values = dict(own)
+    for name, value in given.items():
+        if name not in own:
+            raise ValueError(f"parameters: expected names of the module's parameters, got {name!r}")
+        _check.is_tensor(value, f"parameters[{name!r}]")
+        shape = own[name].shape
+        if value.shape != shape and (name not in names or value.shape != (tasks, *shape)):
+            wanted = f"{list(shape)}" + (f" or {[tasks, *shape]}" if name in names else "")
+            raise ValueError(f"parameters[{name!r}]: expected {wanted}, got {list(value.shape)}")
+        values[name] = value
+    return {name: values[name] for name in names}, {
+        name: v for name, v in values.items() if name not in names
+    }
+
+
+def _rates(lr: Any, steps: int, own: Mapping[str, Tensor]) -> Any:
+    """A rate for all steps, a tensor ``[K]``, or a list with one for each step."""
+    if isinstance(lr, Tensor) and lr.dim() == 1:
+        if lr.shape[0] != steps:
+            raise ValueError(f"lr: expected a rate for each of {steps} steps, got {lr.shape[0]}")
+        return lr
+    if isinstance(lr, (list, tuple)):
+        if len(lr) != steps:
+            raise ValueError(f"lr: expected a rate for each of {steps} steps, got {len(lr)}")
+        return [_rate(each, f"lr[{t}]", own) for t, each in enumerate(lr)]
+    return _rate(lr, "lr", own)
+
+
+def _rate(lr: Any, name: str, own: Mapping[str, Tensor]) -> Rate:
+    if not isinstance(lr, Mapping):
+        if isinstance(lr, Tensor):
+            if lr.dim():
+                raise ValueError(
+                    f"{name}: expected a number, a tensor [] or [K], or a dict, got {list(lr.shape)}"
+                )
+        else:
+            _check.number(lr, name)
+        return lr
+    if lr.keys() != own.keys():
+        raise ValueError(
+            f"{name}: expected the names of the parameters that adapt, {list(own)}, got {list(lr)}"
+        )
+    for key, value in lr.items():
+        if not isinstance(value, Tensor):
+            _check.number(value, f"{name}[{key!r}]")
+        elif value.dim() and value.shape != own[key].shape:
+            raise ValueError(
+                f"{name}[{key!r}]: expected a tensor [] or {list(own[key].shape)}, got {list(value.shape)}"
+            )
+    return {key: lr[key] for key in own}
+
+
+def _rate_of(rates: Any, step: int) -> Rate:
+    if isinstance(rates, list) or (isinstance(rates, Tensor) and rates.dim()):
+        return rates[step]
+    return rates
