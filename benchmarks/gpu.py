@@ -40,7 +40,7 @@ import torch
 from benchmarks import cases, ceilings, gpu_report, inner_mlp
 from benchmarks.cases import CASES, OURS, Call, Case, Goal, Inputs
 from benchmarks.ratios import Budget, Clock, decide, measure, metafast_version, quiet, verdict
-from metafast import Conv4, Episodes
+from metafast import MLP, Conv4, Episodes
 from metafast.learners import ANIL, MAML, Outcome, ProtoNet
 from metafast.training.files import write_atomically
 from metafast.training.graphs import GraphedStep, no_read_back
@@ -372,7 +372,9 @@ class MappedMaml(MAML):
     """The same network whose tasks torch.func maps over."""
 
     def forward(self, batch: Episodes) -> Outcome:
-        loss = inner_mlp.mapped(SINUSOID, *data_of(batch), *self.weights, *self.biases)
+        layers = [layer for layer in self.model.children() if isinstance(layer, torch.nn.Linear)]
+        parameters = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+        loss = inner_mlp.mapped(SINUSOID, *data_of(batch), *parameters)
         return Outcome(loss, loss)
 
 
@@ -385,7 +387,7 @@ def sinusoids(device: torch.device | str) -> Episodes:
 
 
 def maml(network: type[MAML]) -> MAML:
-    return network(SINUSOID.widths, SINUSOID.rate, SINUSOID.steps)
+    return network(MLP(SINUSOID.widths), SINUSOID.rate, SINUSOID.steps, loss="mse")
 
 
 #: A network, and how its step runs.

@@ -1,7 +1,7 @@
 """Fast few-shot and meta-learning in PyTorch."""
 
 from metafast import data, learners, reference
-from metafast.backbones import Conv4
+from metafast.backbones import MLP, Conv4
 from metafast.conv_block import conv_norm_relu_pool
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
 from metafast.distance import cdist, pairwise_distance
@@ -15,6 +15,7 @@ from metafast.ridge import ridge_logits
 from metafast.training import analyze, evaluate, fit
 
 __all__ = [
+    "MLP",
     "Adapted",
     "Conv4",
     "EpisodeSampler",

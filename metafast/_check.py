@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -164,3 +165,16 @@ def rate_like(value: Any, name: str, shape: torch.Size, like: Tensor) -> None:
 def _rate(value: Any, name: str, like: Tensor) -> None:
     floating(value, name)
     same_device(value, name, like, "inputs")
+
+
+def positive(value: float, name: str) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+
+
+def sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from metafast.backbones import call_block, is_block, is_hooked
+from metafast.backbones import MLP, call_block, is_block, is_hooked
 from metafast.norm_relu_pool import norm_relu_pool
 
 BATCH_NORM_POLICIES = ("transductive", "running")
@@ -47,7 +46,7 @@ def fused_form(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     """The form of a linear layer or of a plain MLP, None for any other module."""
     if type(module) is nn.Linear:
         named: list[tuple[str, nn.Module]] = [("", module)]
-    elif type(module) is nn.Sequential:
+    elif type(module) in (nn.Sequential, MLP):
         named = [(f"{name}.", child) for name, child in module.named_children()]
     else:
         return None
@@ -78,9 +77,12 @@ def fused_form(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
 
 
 @contextlib.contextmanager
-def stateless(module: nn.Module, batch_norm: str) -> Iterator[None]:
+def stateless(module: nn.Module, batch_norm: str, own_weights: bool) -> Iterator[None]:
     """Inside, calls of ``module`` know no running statistics, or no others, and change none; its convolutional blocks
-    are computed as those of :class:`metafast.Conv4`, and :class:`_RightForms` stand in for torch's functions."""
+    are computed as those of :class:`metafast.Conv4`, and :class:`_Forms` stand in for torch's functions.
+
+    ``own_weights``: it is called by vmap, with other weights for each task.
+    """
     hidden: list[tuple[nn.Module, str, Any]] = []
     blocks: list[nn.Module] = []
 
@@ -96,10 +98,11 @@ def stateless(module: nn.Module, batch_norm: str) -> Iterator[None]:
                 else:
                     for name in ("running_mean", "running_var", "num_batches_tracked"):
                         put(layer, name, None)
-            elif is_block(layer) and "forward" not in vars(layer):
-                layer.forward = MethodType(call_block, layer)
+            # The compiler does not follow a method that comes and goes; there the block's layers stay on their own.
+            elif is_block(layer) and "forward" not in vars(layer) and not torch.compiler.is_compiling():
+                layer.forward = partial(call_block, layer)  # type: ignore[method-assign]
                 blocks.append(layer)
-        with _RightForms():
+        with _Forms(own_weights):
             yield
     finally:
         for block in blocks:
@@ -108,17 +111,21 @@ def stateless(module: nn.Module, batch_norm: str) -> Iterator[None]:
             setattr(layer, name, value)
 
 
-class _RightForms(TorchFunctionMode):
+class _Forms(TorchFunctionMode):
     """Functions whose derivative under vmap of grad torch has wrong, in forms of which it is right; and convolutions
     with a task's own weights in the form that is faster.
 
     Layer, batch and instance normalisation: https://github.com/pytorch/functorch/issues/534, open since 2022.
     """
 
+    def __init__(self, own_weights: bool) -> None:
+        super().__init__()
+        self.forms = _OF_TASKS if own_weights else _RIGHT
+
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        form = _FORMS.get(function)
+        form = self.forms.get(function)
         return function(*args, **(kwargs or {})) if form is None else form(*args, **(kwargs or {}))
 
 
@@ -179,7 +186,7 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     few = x.dim() == 4 and groups == 1 and weight.shape[1] <= FEW_PLANES and not isinstance(padding, str)
-    if not few or not _is_mapped(weight):
+    if not few:
         return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
     steps, borders, spaces = (_pair(value) for value in (stride, padding, dilation))
     kernel = tuple(weight.shape[-2:])
@@ -192,7 +199,7 @@ def _conv2d(
     y = weight.flatten(1) @ functional.unfold(x, kernel, spaces, borders, steps)
     if bias is not None:
         y = y + bias[:, None]
-    return y.unflatten(-1, sides)
+    return y.reshape(*y.shape[:-1], *sides)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -200,21 +207,12 @@ def _pair(value: Any) -> tuple[int, int]:
     return first, others[0] if others else first
 
 
-def _is_mapped(value: Tensor) -> bool:
-    """Whether vmap maps over it, at any level."""
-    while is_functorch_wrapped_tensor(value):
-        if is_batchedtensor(value):
-            return True
-        value = get_unwrapped(value)
-    return False
-
-
-_FORMS: Mapping[Any, Callable[..., Tensor]] = {
+_RIGHT: Mapping[Any, Callable[..., Tensor]] = {
     functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     functional.instance_norm: _instance_norm,
     torch.instance_norm: _instance_norm,
     functional.batch_norm: _batch_norm,
     torch.batch_norm: _batch_norm,
-    functional.conv2d: _conv2d,
 }
+_OF_TASKS: Mapping[Any, Callable[..., Tensor]] = {**_RIGHT, functional.conv2d: _conv2d}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metafast._check import autocasts
+from metafast import _check
 from metafast.conv_block import conv_norm_relu_pool
+from metafast.mlp import ACTIVATIONS
 from metafast.norm_relu_pool import norm_relu_pool
 
 
@@ -46,7 +50,7 @@ def call_block(block: nn.Sequential, images: Tensor) -> Tensor:
             f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
         )
     y: Tensor = pool(relu(norm(convolution(own))))
-    return y.unflatten(0, images.shape[:-3])
+    return y.reshape(*images.shape[:-3], *y.shape[1:])
 
 
 def _fused(
@@ -59,7 +63,8 @@ def _fused(
             images, convolution.weight, convolution.bias, norm.weight, norm.bias, *given, eps=norm.eps
         )
     else:
-        maps = convolution(images.flatten(0, -4)).unflatten(0, images.shape[:-3])
+        maps = convolution(images.flatten(0, -4))
+        maps = maps.reshape(*images.shape[:-3], *maps.shape[1:])
         y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
     if updates:
         count = maps.shape[-4] * maps.shape[-2] * maps.shape[-1]
@@ -70,11 +75,11 @@ def _fused(
     return y
 
 
-def is_block(layers: nn.Module) -> bool:
-    """Whether a chain of layers, and nothing else, is what :class:`Block` is."""
+def is_block(layers: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether a plain chain of layers computes what :class:`Block` does."""
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
     return (
-        type(layers) in (nn.Sequential, Block)
+        type(layers) is nn.Sequential
         and not is_hooked(layers)
         and tuple(map(type, layers.children())) == kinds
         and all(map(_is_plain, list(layers.children())[1:]))
@@ -129,7 +134,7 @@ def _is_cheap(convolution: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
         and "forward" not in vars(convolution)
         and convolution.in_channels <= 4
         and not images.requires_grad
-        and (images.dtype == convolution.weight.dtype or autocasts(images))
+        and (images.dtype == convolution.weight.dtype or _check.autocasts(images))
     )
 
 
@@ -142,6 +147,47 @@ def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor) 
     for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
         if running is not None:
             running.lerp_(value.to(running.dtype), momentum)
+
+
+class MLP(nn.Sequential):
+    r"""A multilayer perceptron: rows are flattened, linear layers follow, an activation after each but the last.
+
+    Args:
+        widths: inputs, hidden layers and outputs, such as ``(1, 40, 40, 1)``.
+        activation: ``"relu"`` or ``"tanh"``.
+        batch_norm: put a BatchNorm layer before each activation, as the MAML paper's Omniglot network has.
+        init_std: standard deviation of the initial weights, a normal distribution cut off at two of them. None: He's
+            :math:`\sqrt{2 / in}`. Biases begin at 0. (The MAML paper's code has 0.01 for all its MLPs, from which
+            sinusoids train several times as long.)
+
+    Raises:
+        TypeError: widths that are no ints.
+        ValueError: fewer than two widths, numbers out of range, an unknown activation.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        activation: str = "relu",
+        *,
+        batch_norm: bool = False,
+        init_std: float | None = None,
+    ) -> None:
+        if len(widths) < 2:
+            raise ValueError(f"widths: expected those of the inputs and of each layer, got {list(widths)}")
+        _check.sizes(**{f"widths[{k}]": width for k, width in enumerate(widths)})
+        _check.choice(activation, "activation", ACTIVATIONS)
+        if init_std is not None:
+            _check.positive(init_std, "init_std")
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in pairwise(widths):
+            linear = nn.Linear(inputs, outputs)
+            std = math.sqrt(2 / inputs) if init_std is None else init_std
+            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.zeros_(linear.bias)
+            layers += [linear, *([nn.BatchNorm1d(outputs)] if batch_norm else ())]
+            layers.append(nn.ReLU() if activation == "relu" else nn.Tanh())
+        super().__init__(*layers[: -2 if batch_norm else -1])
 
 
 class Conv4(nn.Module):

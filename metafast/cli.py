@@ -15,7 +15,7 @@ import torch
 from metafast import commands, doctor
 from metafast.config import UsageError, nearest, option_names, read_config
 from metafast.learners.protonet import METRICS
-from metafast.methods import METHODS, methods_with
+from metafast.methods import BACKBONES, METHODS, methods_with
 from metafast.mlp import ACTIVATIONS
 from metafast.sources import ALL, SINUSOID, SOURCES, SPLITS
 from metafast.training import Interrupted
@@ -305,6 +305,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, help=f"{text} [{methods_with(name[2:].replace('-', '_'))}]", **options)
 
     number: dict[str, Any] = {"type": _positive_float, "metavar": "X"}
+    add("--backbone", "what adapts (default: mlp)", choices=BACKBONES)
     add("--channels", "channels of the Conv4 encoder (default: 64)", type=_positive_int, metavar="N")
     add(
         "--episode-statistics",
@@ -337,6 +338,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         **number,
     )
     add("--first-order", "take the gradients of the inner steps for constants", action=_Switch)
+    add("--recompute", "compute the inner steps again in the backward pass, for less memory", action=_Switch)
 
 
 def _add_course_options(parser: argparse.ArgumentParser) -> None:
@@ -557,8 +559,8 @@ def _add_batch_norm_option(group: Any) -> None:
     group.add_argument(
         "--batch-norm",
         choices=BATCH_NORM_MODES,
-        default="running",
-        help="statistics of BatchNorm in tests: those of training, or those of each episode's images",
+        help="statistics of BatchNorm in tests: those of training, or those of each episode's images (default: "
+        "transductive for maml and metasgd, which know no others, else running)",
     )
 
 

@@ -35,7 +35,7 @@ from metafast.training import CheckpointError, History, analyze, evaluate, fit, 
 from metafast.training.analyze import inner_steps, with_inner_steps
 from metafast.training.checkpoint import seed_generators
 from metafast.training.distributed import join, ranks
-from metafast.training.evaluate import DEFAULT_EPISODES, fixed_episodes
+from metafast.training.evaluate import DEFAULT_EPISODES, fixed_episodes, settled_batch_norm
 from metafast.training.progress import say
 from metafast.training.result import command_line, environment, plain, write_result
 
@@ -80,6 +80,7 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     data = _sinusoid_data(options) if options.data == [SINUSOID] else _image_data(options, device)
     settings = _settings(options, data)
     learner = METHODS[options.method].make(settings).to(device)
+    _settle_batch_norm(options, learner)
     say(_introduction(options, data, device))
     if data.validation is None:
         say("no validation: trainval leaves no classes for it, so the weights of the last step are tested")
@@ -418,11 +419,15 @@ def _names(roots: Mapping[str, Path]) -> str:
 def _introduction(options: Options, data: _Data, device: torch.device) -> str:
     group = ranks()
     processes = f"{group.count} processes, " if group.count > 1 else ""
-    if "channels" in METHODS[options.method].options:
-        whose = "each episode's" if options.episode_statistics else "batch"
-        network, norm = f"Conv4-{options.channels}", f"{whose} statistics in BatchNorm, "
+    network, norm = f"Conv4-{options.channels}", ""
+    if "backbone" in METHODS[options.method].options:
+        if options.backbone != "conv4":
+            network = f"hidden layers of {' '.join(map(str, options.hidden))}"
+        if options.backbone != "mlp":
+            norm = "each episode's support or query statistics in BatchNorm, "
     else:
-        network, norm = f"hidden layers of {' '.join(map(str, options.hidden))}", ""
+        whose = "each episode's" if options.episode_statistics else "batch"
+        norm = f"{whose} statistics in BatchNorm, "
     return (
         f"{options.method} with {network} on {data.text}, {norm}{options.precision}, {processes}{device}, "
         f"{torch.get_num_threads()} threads"
@@ -513,7 +518,15 @@ def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.devi
             _reading(settings), settings["train_ways"], settings["split"]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UsageError(f"--checkpoint: {path} was not written by metafast train ({error})") from error
+    _settle_batch_norm(options, learner)
     return path, checkpoint, learner, device
+
+
+def _settle_batch_norm(options: Options, learner: nn.Module) -> None:
+    try:
+        options.batch_norm = settled_batch_norm(learner, options.batch_norm)
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('batch_norm', 'batch-norm', 1)}") from error
 
 
 def _reading(settings: dict[str, Any]) -> Reading:

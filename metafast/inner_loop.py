@@ -107,7 +107,7 @@ def inner_loop(
     """
     _check_arguments(module, support_x, support_y, steps, loss, optimizer, truncate, batch_norm)
     own: Named = dict(module.named_parameters())
-    names = _adapting(module, own, adapt)
+    names = adapting(module, adapt)
     tasks = support_x.shape[0]
     start, fixed = _initial(own, names, dict(parameters or {}), tasks)
     rates = _rates(lr, steps, {name: own[name] for name in names})
@@ -274,7 +274,7 @@ class _Function:
         in_dims = {
             name: 0 if value.dim() and value.shape[0] == tasks else None for name, value in own.items()
         }
-        with self._prepared():
+        with self._prepared(shared=False):
             return self._for_tasks(
                 lambda: vmap(
                     lambda values, rows: self._call(values, self.fixed, rows),
@@ -317,17 +317,17 @@ class _Function:
             return {name: torch.stack(each) for name, each in zip(own, found, strict=True)}
 
         each = vmap(grad(loss_of), in_dims=(None if shared else 0, 0, 0), randomness="different")
-        with self._prepared():
+        with self._prepared(shared):
             found: Named = self._for_tasks(lambda: each(own, x, y), in_turn)
             return found
 
     @contextlib.contextmanager
-    def _prepared(self) -> Iterator[None]:
+    def _prepared(self, shared: bool) -> Iterator[None]:
         # Fused attention and cuDNN's recurrent layers have no second derivative.
         with (
-            stateless(self.module, self.batch_norm),
+            stateless(self.module, self.batch_norm, self.batched and not shared),
             sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not _recurs(self.module)),
+            torch.backends.cudnn.flags(enabled=False) if _recurs(self.module) else contextlib.nullcontext(),
         ):
             yield
 
@@ -506,8 +506,9 @@ def _check_step(step: Any, steps: int) -> None:
         raise ValueError(f"step: expected at most {steps}, those that were taken, got {step}")
 
 
-def _adapting(module: nn.Module, own: Mapping[str, Tensor], adapt: Iterable[str] | None) -> list[str]:
-    """The names of the parameters that adapt, in the module's order."""
+def adapting(module: nn.Module, adapt: Iterable[str] | None) -> list[str]:
+    """The names of the parameters that adapt, in the module's order; ``adapt`` as for :func:`inner_loop`."""
+    own = dict(module.named_parameters())
     if adapt is None:
         names = [name for name, value in own.items() if value.requires_grad]
     else:

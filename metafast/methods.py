@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from metafast.backbones import Conv4
+from metafast.backbones import MLP, Conv4
 from metafast.config import UsageError
 from metafast.learners import ANIL, MAML, R2D2, ProtoNet
 from metafast.sources import SINUSOID
@@ -69,30 +69,48 @@ def _anil(settings: Settings) -> ANIL:
     )
 
 
-def _mlp(settings: Settings) -> MAML:
+def _adapting_model(settings: Settings) -> nn.Module:
     waves = settings["data"] == [SINUSOID]
+    outputs = 1 if waves else settings["train_ways"]
+    if settings["backbone"] == "conv4":
+        encoder = _encoder(settings)
+        return nn.Sequential(encoder, nn.Linear(encoder.features(settings["size"]), outputs))
     inputs = 1 if waves else settings["in_channels"] * settings["size"] ** 2
-    return MAML(
-        (inputs, *settings["hidden"], 1 if waves else settings["train_ways"]),
-        settings["inner_lr"],
-        settings["inner_steps"],
-        activation=settings["activation"],
-        loss="mse" if waves else "cross_entropy",
-        learn_lr=settings["method"] == "metasgd",
-        first_order=settings["first_order"],
+    return MLP(
+        (inputs, *settings["hidden"], outputs),
+        settings["activation"],
+        batch_norm=settings["backbone"] == "mlp-batchnorm",
         init_std=settings["init_std"],
     )
 
 
+def _maml(settings: Settings) -> MAML:
+    return MAML(
+        _adapting_model(settings),
+        settings["inner_lr"],
+        settings["inner_steps"],
+        loss="mse" if settings["data"] == [SINUSOID] else "cross_entropy",
+        learn_lr=settings["method"] == "metasgd",
+        first_order=settings["first_order"],
+        recompute=settings["recompute"],
+    )
+
+
 _CONV4_OPTIONS: dict[str, Any] = {"channels": 64, "episode_statistics": False}
-_MLP_OPTIONS: dict[str, Any] = {
+_MAML_OPTIONS: dict[str, Any] = {
+    "backbone": "mlp",
+    "channels": 64,
     "hidden": None,
     "activation": "relu",
+    "init_std": None,
     "inner_lr": None,
     "inner_steps": 1,
     "first_order": False,
-    "init_std": None,
+    "recompute": False,
 }
+#: What MAML adapts: an MLP, one with BatchNorm, or Conv4 and a linear layer; and the options that are not for all.
+BACKBONES = ("mlp", "mlp-batchnorm", "conv4")
+_OF_MLP, _OF_CONV4 = ("hidden", "activation", "init_std"), ("channels",)
 
 #: By the names of `--method`.
 METHODS = {
@@ -108,8 +126,8 @@ METHODS = {
         head=True,
     ),
     "r2d2": Method(_r2d2, {**_CONV4_OPTIONS, "regularisation": 50.0, "scale": 10.0}),
-    "maml": Method(_mlp, _MLP_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
-    "metasgd": Method(_mlp, _MLP_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
+    "maml": Method(_maml, _MAML_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
+    "metasgd": Method(_maml, _MAML_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
 }
 #: The options that not every method understands.
 OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.options))
@@ -127,6 +145,8 @@ def settle_options(options: argparse.Namespace) -> None:
         UsageError: an option of other methods.
     """
     method = METHODS[options.method]
+    if "backbone" in method.options:
+        _settle_backbone(options)
     for name in OPTIONS:
         if name in method.options:
             if getattr(options, name) is None:
@@ -141,3 +161,13 @@ def settle_options(options: argparse.Namespace) -> None:
         options.hidden = HIDDEN_FOR_WAVES if options.data == [SINUSOID] else HIDDEN_FOR_IMAGES
     if options.tasks is None:
         options.tasks = method.tasks
+
+
+def _settle_backbone(options: argparse.Namespace) -> None:
+    if options.backbone is None:
+        options.backbone = _MAML_OPTIONS["backbone"]
+    for name in _OF_MLP if options.backbone == "conv4" else _OF_CONV4:
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: --backbone {options.backbone} has no use for it")
+    if options.data == [SINUSOID] and options.backbone == "conv4":
+        raise UsageError(f"--backbone conv4 is for images, and {SINUSOID} has none")

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
 
-from metafast.backbones import Conv4
+from metafast.backbones import MLP, Conv4
 from metafast.data import Episodes, SinusoidSampler
 from metafast.learners import ANIL, MAML, R2D2, ProtoNet
+from metafast.training import evaluate
 
 
 def classes(tasks=3, ways=3, shots=2, queries=4, shape=(5,), seed=0):
@@ -41,6 +43,12 @@ def descend(parameters, loss, rates, steps, first_order):
         pairs = zip(parameters, rates, gradients, strict=True)
         parameters = [value - rate * gradient for value, rate, gradient in pairs]
     return parameters
+
+
+def layers_of(learner):
+    """Weights and biases of an MLP."""
+    layers = [layer for layer in learner.model if isinstance(layer, nn.Linear)]
+    return [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
 
 
 def network(parameters, x, activation):
@@ -76,17 +84,16 @@ def test_maml_is_the_plain_loop(regression, first_order, learn_lr, steps, activa
     widths = (1, 6, 4, 1) if regression else (5, 6, 4, 3)
     criterion = mse_loss if regression else cross_entropy
     learner = MAML(
-        widths,
+        MLP(widths, activation, init_std=0.5),
         0.05,
         steps,
-        activation=activation,
         loss="mse" if regression else "cross_entropy",
         learn_lr=learn_lr,
         first_order=first_order,
-        init_std=0.5,
     ).double()
-    parameters = [*learner.weights, *learner.biases]
-    rates = [*learner.lr[0], *learner.lr[1]] if learn_lr else [0.05] * len(parameters)
+    parameters = layers_of(learner)
+    names = [f"{k}.{kind}" for kind in ("weight", "bias") for k in (1, 3, 5)]
+    rates = [learner.lr[name] for name in names] if learn_lr else [0.05] * len(parameters)
     assert all(rate.shape == value.shape for rate, value in zip(rates, parameters, strict=True) if learn_lr)
     outputs, losses = [], []
     for support_x, support_y, query_x, query_y in each(episodes):
@@ -102,12 +109,12 @@ def test_maml_is_the_plain_loop(regression, first_order, learn_lr, steps, activa
 
 def test_maml_flattens_images_and_takes_other_steps():
     torch.manual_seed(0)
-    learner = MAML((16, 8, 3), 0.1, loss="cross_entropy").double()
+    learner = MAML(MLP((16, 8, 3)), 0.1).double()
     images, flat = classes(shape=(1, 4, 4)), classes(shape=(16,))
     assert torch.equal(learner(images).logits, learner(flat).logits)
     learner.steps = 0
     before = learner(flat).logits
-    torch.testing.assert_close(before, network([*learner.weights, *learner.biases], flat.query_x, "relu"))
+    torch.testing.assert_close(before, network(layers_of(learner), flat.query_x, "relu"))
     learner.steps = 20
     with torch.no_grad():
         assert learner(flat).loss.isfinite() and not torch.equal(learner(flat).logits, before)
@@ -133,25 +140,72 @@ def test_an_encoder_that_does_not_know_episodes():
         learner(classes())
 
 
-def test_initial_weights_and_rates():
-    torch.manual_seed(0)
-    learner = MAML((1, 400, 400, 1), init_std=0.01)
-    values = learner.weights[1].detach()
-    # A normal distribution cut off at two deviations has 0.88 of its deviation.
-    assert float(values.abs().max()) <= 0.02 and float(values.std()) == pytest.approx(0.0088, rel=0.02)
-    assert all(not bias.any() for bias in learner.biases)
+def test_initial_rates():
+    learner = MAML(MLP((1, 400, 400, 1)))
     assert learner.lr == 0.01 and len(list(learner.parameters())) == 6
-    he = MAML((784, 256, 5), loss="cross_entropy").weights[0].detach()
-    assert float(he.std()) == pytest.approx(0.88 * math.sqrt(2 / 784), rel=0.02)
     drawn = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        rates = torch.cat(
-            [rate.detach().flatten() for part in MAML((1, 4, 1), learn_lr=True).lr for rate in part]
-        )
+        rates = torch.cat([r.detach().flatten() for r in MAML(MLP((1, 4, 1)), learn_lr=True).lr.values()])
         assert rates.unique().numel() == 1 and 0.005 <= float(rates[0]) <= 0.1
         drawn.add(float(rates[0]))
     assert len(drawn) == 20
+
+
+def conv_model():
+    return nn.Sequential(Conv4(1, 4), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("learn_lr", [False, True])
+def test_maml_of_any_model(learn_lr, recompute):
+    """Conv4 with each task's statistics of support and of query rows, against a loop over the tasks."""
+    torch.manual_seed(0)
+    episodes = classes(shape=(1, 16, 16))
+    learner = MAML(conv_model(), 0.1, 2, learn_lr=learn_lr, recompute=recompute).double()
+    names = [name for name, _ in learner.model.named_parameters()]
+    rates = [learner.lr[name] for name in names] if learn_lr else [0.1] * len(names)
+    outputs, losses = [], []
+    for support_x, support_y, query_x, query_y in each(episodes):
+
+        def call(values, x):
+            return functional_call(learner.model, dict(zip(names, values, strict=True)), (x,))
+
+        def loss(values, support_x=support_x, support_y=support_y):
+            return cross_entropy(call(values, support_x), support_y)
+
+        adapted = descend(list(learner.model.parameters()), loss, rates, 2, False)
+        outputs.append(call(adapted, query_x))
+        losses.append(cross_entropy(outputs[-1], query_y))
+    assert_same_training(learner, episodes, torch.stack(losses).mean(), torch.stack(outputs))
+
+
+def test_the_body_or_the_head_alone_adapts():
+    torch.manual_seed(0)
+    episodes = classes(shape=(1, 16, 16))
+    body = MAML(conv_model(), 0.1, 2, adapt=["0"], learn_lr=True).double()
+    assert set(body.lr) == {name for name, _ in body.model.named_parameters() if name.startswith("0.")}
+    body(episodes).loss.backward()
+    assert all(value.grad is not None for value in body.parameters())
+    head = MAML(conv_model(), 0.1, 2, adapt="1").double()
+    head(episodes).loss.backward()
+    assert all(value.grad is not None for value in head.parameters())
+
+
+def test_maml_is_evaluated_by_its_own_statistics():
+    learner = MAML(conv_model(), 0.1, 1)
+    episodes = classes(shape=(1, 16, 16))
+    single = Episodes(
+        episodes.support_x.float(), episodes.support_y, episodes.query_x.float(), episodes.query_y, 3
+    )
+    with pytest.raises(
+        ValueError, match="expected 'transductive', by which this MAML normalises, got 'running'"
+    ):
+        evaluate(learner, single, batch_norm="running")
+    result = evaluate(learner, single)
+    assert result.batch_norm == "transductive"
+    hits = learner(single).logits.argmax(-1) == single.query_y
+    assert result.per_episode.tolist() == hits.double().mean(-1).tolist()
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -219,7 +273,7 @@ def test_under_autocast_the_head_computes_in_float32(make):
 
 def test_maml_computes_in_float32_under_autocast():
     torch.manual_seed(0)
-    learner, batch = MAML((1, 8, 1), init_std=0.5), SinusoidSampler(5, 5, 2)(0)
+    learner, batch = MAML(MLP((1, 8, 1), init_std=0.5), loss="mse"), SinusoidSampler(5, 5, 2)(0)
     with torch.autocast("cpu", torch.bfloat16):
         loss, logits = learner(batch)
     assert torch.equal(logits, learner(batch).logits) and torch.equal(loss, learner(batch).loss)
@@ -228,17 +282,19 @@ def test_maml_computes_in_float32_under_autocast():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: MAML([4]), ValueError, r"widths: expected those of the inputs and of each layer, got \[4\]"),
-        (lambda: MAML((1, 0, 1)), ValueError, r"widths\[1\]: expected at least 1, got 0"),
-        (lambda: MAML((1, 4.0, 1)), TypeError, r"widths\[1\]: expected an int, got float"),
-        (lambda: MAML((1, 1), -1.0), ValueError, "lr: expected a positive finite number, got -1.0"),
-        (lambda: MAML((1, 1), steps=-1), ValueError, "steps: expected 0 or more, got -1"),
-        (lambda: MAML((1, 1), activation="elu"), ValueError, "activation: expected relu or tanh, got 'elu'"),
-        (lambda: MAML((1, 1), loss="l1"), ValueError, "loss: expected cross_entropy or mse, got 'l1'"),
+        (lambda: MAML((1, 1)), TypeError, "model: expected a torch.nn.Module, got tuple"),
+        (lambda: MAML(MLP((1, 1)), -1.0), ValueError, "lr: expected a positive finite number, got -1.0"),
+        (lambda: MAML(MLP((1, 1)), steps=-1), ValueError, "steps: expected 0 or more, got -1"),
+        (lambda: MAML(MLP((1, 1)), loss="l1"), ValueError, "loss: expected cross_entropy or mse, got 'l1'"),
         (
-            lambda: MAML((1, 1), init_std=0.0),
+            lambda: MAML(MLP((1, 1)), batch_norm="batch"),
             ValueError,
-            "init_std: expected a positive finite number, got 0.0",
+            "batch_norm: expected transductive or running, got 'batch'",
+        ),
+        (
+            lambda: MAML(MLP((1, 1)), adapt=["head"]),
+            ValueError,
+            "adapt: expected names of parameters or submodules, got 'head'",
         ),
         (lambda: ANIL(nn.Identity(), 5, 0), ValueError, "ways: expected at least 1, got 0"),
         (
@@ -258,17 +314,17 @@ def test_maml_computes_in_float32_under_autocast():
             "scale: expected a positive finite number, got -1",
         ),
         (
-            lambda: MAML((1, 1))(classes()),
+            lambda: MAML(MLP((5, 1)), loss="mse").double()(classes()),
             ValueError,
             "expected regression tasks for the loss 'mse', got 3 ways",
         ),
         (
-            lambda: MAML((5, 4), loss="cross_entropy").double()(classes()),
+            lambda: MAML(MLP((5, 4))).double()(classes()),
             ValueError,
             "episodes: expected 4 ways, the outputs of the head, got 3",
         ),
         (
-            lambda: MAML((1, 4), loss="cross_entropy")(waves()),
+            lambda: MAML(MLP((1, 4))).double()(waves()),
             ValueError,
             "episodes: expected classes, got regression tasks",
         ),
@@ -291,10 +347,8 @@ def test_wrong_arguments_are_named(make, error, message):
 
 
 def test_representations_name_the_settings():
-    text = repr(MAML((1, 4, 1), learn_lr=True, lr=0.02))
-    assert (
-        "(1, 4, 1), lr=0.02, steps=1, activation='relu', loss='mse', learn_lr=True, first_order=False" in text
-    )
+    text = repr(MAML(MLP((1, 4, 1)), learn_lr=True, lr=0.02, loss="mse"))
+    assert "lr=0.02, steps=1, loss='mse', learn_lr=True, first_order=False, batch_norm='transductive'" in text
     assert "lr=0.1, steps=5, learn_lr=False, first_order=True" in repr(
         ANIL(nn.Identity(), 4, 3, first_order=True)
     )

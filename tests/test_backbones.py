@@ -1,9 +1,10 @@
+import math
 from copy import deepcopy
 
 import pytest
 import torch
 
-from metafast.backbones import Conv4
+from metafast.backbones import MLP, Conv4
 
 
 def test_parameter_names_are_those_of_the_reference_code():
@@ -282,3 +283,47 @@ def test_bad_sizes(arguments, error, message):
 def test_bad_images(images, error, message):
     with pytest.raises(error, match=message):
         Conv4()(images)
+
+
+def test_mlp_initial_weights():
+    torch.manual_seed(0)
+    model = MLP((1, 400, 400, 1), init_std=0.01)
+    values = model[3].weight.detach()
+    # A normal distribution cut off at two deviations has 0.88 of its deviation.
+    assert float(values.abs().max()) <= 0.02 and float(values.std()) == pytest.approx(0.0088, rel=0.02)
+    assert all(not layer.bias.any() for layer in model if isinstance(layer, torch.nn.Linear))
+    he = MLP((784, 256, 5))[1].weight.detach()
+    assert float(he.std()) == pytest.approx(0.88 * math.sqrt(2 / 784), rel=0.02)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_mlp_layers(activation, batch_norm):
+    """As in the MAML paper's code: linear, BatchNorm, activation; nothing after the last layer."""
+    kinds = [type(layer).__name__ for layer in MLP((12, 6, 5, 2), activation, batch_norm=batch_norm)]
+    hidden = [
+        "Linear",
+        *(["BatchNorm1d"] if batch_norm else []),
+        {"relu": "ReLU", "tanh": "Tanh"}[activation],
+    ]
+    assert kinds == ["Flatten", *hidden, *hidden, "Linear"]
+    assert MLP((12, 6, 5, 2), activation, batch_norm=batch_norm)(torch.rand(4, 3, 2, 2)).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MLP([4]), ValueError, r"widths: expected those of the inputs and of each layer, got \[4\]"),
+        (lambda: MLP((1, 0, 1)), ValueError, r"widths\[1\]: expected at least 1, got 0"),
+        (lambda: MLP((1, 4.0, 1)), TypeError, r"widths\[1\]: expected an int, got float"),
+        (lambda: MLP((1, 1), "elu"), ValueError, "activation: expected relu or tanh, got 'elu'"),
+        (
+            lambda: MLP((1, 1), init_std=0.0),
+            ValueError,
+            "init_std: expected a positive finite number, got 0.0",
+        ),
+    ],
+)
+def test_mlp_wrong_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

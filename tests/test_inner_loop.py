@@ -583,6 +583,23 @@ def test_recomputation_keeps_less() -> None:
     assert again[1] - again[0] < 0.2 * (plain[1] - plain[0])
 
 
+@pytest.mark.parametrize(
+    "name", ["mlp", "blocks", "Conv4", "layer norm"]
+)
+def test_compiles_whole(name: str) -> None:
+    """A meta-step as one graph, with the gradients of the eager one."""
+    module, tasks = make(name)
+    leaves = list(module.parameters())
+
+    def step(*tasks: Tensor) -> Tensor:
+        outputs = inner_loop(module, *tasks[:2], 0.2, 2)(tasks[2])
+        return cross_entropy(outputs.flatten(0, 1), tasks[3].flatten())
+
+    expected = torch.autograd.grad(step(*tasks), leaves)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same(torch.autograd.grad(compiled(*tasks), leaves), expected, 1e-12)
+
+
 def test_a_module_that_cannot_be_batched_is_named_once() -> None:
     module, tasks = make("branches")
     with pytest.warns(

@@ -209,8 +209,18 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
             "--inner-steps is an option of anil, maml, metasgd; r2d2 has no use",
         ),
         (
-            "--method maml --channels 8",
-            "--channels is an option of protonet, anil, r2d2; maml has no use for it",
+            "--method protonet --backbone conv4",
+            "--backbone is an option of maml, metasgd; protonet has no use for it",
+        ),
+        ("--method maml --channels 8", "--channels: --backbone mlp has no use for it"),
+        ("--method maml --backbone conv4 --hidden 8", "--hidden: --backbone conv4 has no use for it"),
+        (
+            "--method maml --backbone conv4 --batch-norm running",
+            "--batch-norm: expected 'transductive', by which this MAML normalises, got 'running'",
+        ),
+        (
+            "--method maml --backbone conv4 --data sinusoid",
+            "--backbone conv4 is for images, and sinusoid has none",
         ),
         ("--method maml --learn-inner-lr", "--learn-inner-lr is an option of anil; maml has no use for it"),
         ("--method anil --ways 5 7 --train-ways 5", "--ways: anil has a head for 5 classes from training"),
@@ -264,3 +274,28 @@ def test_checkpoints_and_other_data(tmp_path, capsys):
     assert "sinusoid is regression; the report is on classes, so use metafast evaluate" in refused(
         ["analyze", "--checkpoint", str(waves)], capsys
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            "--method maml --backbone conv4 --channels 4 --recompute",
+            "maml with Conv4-4 on glyphs",
+        ),
+        (
+            "--method metasgd --backbone mlp-batchnorm --hidden 6 5",
+            "metasgd with hidden layers of 6 5 on glyphs",
+        ),
+    ],
+)
+def test_maml_of_a_backbone(options, text, tmp_path, capsys):
+    """From training to evaluation, with statistics of each episode."""
+    run = tmp_path / "run"
+    given = [*options.split(), "--tasks", "2", "--train-ways", "4"]
+    assert cli.main([*GLYPHS, *given, "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert text in printed and "each episode's support or query statistics in BatchNorm" in printed
+    assert cli.main(["evaluate", "--checkpoint", str(run), "--episodes", "4", "--test-steps", "0", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "after 3 inner steps " in printed and "transductive BatchNorm" in printed

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from metafast.backbones import MLP
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, SinusoidSampler, glyphs
 from metafast.learners import MAML, ProtoNet
 from metafast.training import History, Row, pictures
@@ -46,7 +47,7 @@ def test_learning_curve_of_regression_has_one_panel(tmp_path, validated):
 @pytest.mark.parametrize(("count", "steps"), [(1, (0,)), (2, (1, 0, 1)), (20, (0, 1, 5, 10))])
 def test_adaptation(tmp_path, count, steps):
     torch.manual_seed(0)
-    learner = MAML((1, 8, 1), steps=3)
+    learner = MAML(MLP((1, 8, 1)), steps=3, loss="mse")
     waves = FixedEpisodes(SinusoidSampler(5, 5), count)
     pictures.draw_adaptation(learner, waves, tmp_path / "adaptation.png", "title", steps)
     width, height = size(tmp_path / "adaptation.png")
@@ -58,7 +59,7 @@ def test_adaptation_is_drawn_on_the_true_wave(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
     sampler = SinusoidSampler(5, 5)
-    learner = MAML((1, 8, 1), init_std=0.5)
+    learner = MAML(MLP((1, 8, 1), init_std=0.5), loss="mse")
     pictures.draw_adaptation(learner, FixedEpisodes(sampler, 1), tmp_path / "a.png", "title", (0, 2))
     wave, before, after, points = figures[0].axes[0].lines
     plan, episode = sampler.single_plan(0), FixedEpisodes(sampler, 1)[0]
@@ -81,7 +82,9 @@ def test_adaptation_is_drawn_on_the_true_wave(tmp_path, monkeypatch):
 def test_adaptation_of_classes(tmp_path):
     episodes = FixedEpisodes(EpisodeSampler(glyphs(4), 2, 1, 1), 2)
     with pytest.raises(TypeError, match="waves: expected those of a SinusoidSampler, got EpisodeSampler"):
-        pictures.draw_adaptation(MAML((1, 1)), episodes, tmp_path / "adaptation.png", "title")
+        pictures.draw_adaptation(
+            MAML(MLP((1, 1)), loss="mse"), episodes, tmp_path / "adaptation.png", "title"
+        )
 
 
 @pytest.mark.parametrize("channels", [1, 3])

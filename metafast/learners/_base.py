@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -57,16 +55,3 @@ def require_ways(episodes: Episodes, ways: int) -> None:
     require_classes(episodes)
     if episodes.ways != ways:
         raise ValueError(f"episodes: expected {ways} ways, the outputs of the head, got {episodes.ways}")
-
-
-def require_positive(value: float, name: str) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
-
-
-def require_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")

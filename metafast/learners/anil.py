@@ -7,7 +7,7 @@ from torch import nn
 
 from metafast import _check
 from metafast.data import Episodes
-from metafast.learners._base import EncoderLearner, classified, require_positive, require_sizes, require_ways
+from metafast.learners._base import EncoderLearner, classified, require_ways
 from metafast.learners.outcome import Outcome
 from metafast.linear_head import adapted_logits
 
@@ -55,8 +55,8 @@ class ANIL(EncoderLearner):
         episode_statistics: bool = False,
     ) -> None:
         super().__init__(encoder, episode_statistics)
-        require_sizes(features=features, ways=ways)
-        require_positive(lr, "lr")
+        _check.sizes(features=features, ways=ways)
+        _check.positive(lr, "lr")
         _check.count(steps, "steps")
         self.head = nn.Linear(features, ways)
         self.lr = nn.Parameter(torch.tensor(float(lr))) if learn_lr else float(lr)

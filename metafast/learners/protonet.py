@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from metafast import _check
 from metafast.data import Episodes
-from metafast.learners._base import EncoderLearner, require_positive
+from metafast.learners._base import EncoderLearner
 from metafast.learners.outcome import Outcome
 from metafast.prototype import prototypical_loss
 
@@ -55,7 +56,7 @@ class ProtoNet(EncoderLearner):
         super().__init__(encoder, episode_statistics)
         if metric not in METRICS:
             raise ValueError(f"metric: expected {', '.join(METRICS[:-1])} or {METRICS[-1]}, got {metric!r}")
-        require_positive(temperature, "temperature")
+        _check.positive(temperature, "temperature")
         self.metric = metric
         self._temperature = float(temperature)
         self.log_temperature = (

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from metafast import _check
 from metafast.data import Episodes
-from metafast.learners._base import EncoderLearner, classified, require_classes, require_positive
+from metafast.learners._base import EncoderLearner, classified, require_classes
 from metafast.learners.outcome import Outcome
 from metafast.ridge import ridge_logits
 
@@ -47,8 +48,8 @@ class R2D2(EncoderLearner):
         episode_statistics: bool = False,
     ) -> None:
         super().__init__(encoder, episode_statistics)
-        require_positive(regularisation, "regularisation")
-        require_positive(scale, "scale")
+        _check.positive(regularisation, "regularisation")
+        _check.positive(scale, "scale")
         self.log_regularisation = nn.Parameter(torch.tensor(math.log(regularisation)))
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.offset = nn.Parameter(torch.tensor(0.0))

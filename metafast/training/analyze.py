@@ -22,6 +22,7 @@ from metafast.training.evaluate import (
     confidence_interval,
     each_outcome,
     fixed_episodes,
+    settled_batch_norm,
 )
 
 FORMAT = "metafast-generalisation-1"
@@ -302,7 +303,7 @@ def analyze(
     vary_steps: Sequence[int] | None = None,
     episodes: int = 600,
     seed: int = 0,
-    batch_norm: str = "running",
+    batch_norm: str | None = None,
 ) -> Report:
     """Measure how a trained learner generalises.
 
@@ -340,6 +341,7 @@ def analyze(
     datasets |= {f"other data {name}": data for name, data in (others or {}).items()}
     if episodes < 2:
         raise ValueError(f"episodes: expected at least 2 (an interval needs them), got {episodes}")
+    batch_norm = settled_batch_norm(learner, batch_norm)
     own_steps = inner_steps(learner)
     if vary_steps is not None and own_steps is None:
         raise ValueError(f"vary_steps: {type(learner).__name__} has no inner steps (no attribute steps)")

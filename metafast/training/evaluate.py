@@ -194,7 +194,7 @@ def evaluate(
     episodes: Mapping[Any, Source],
     count: int | None = None,
     *,
-    batch_norm: str = "running",
+    batch_norm: str | None = None,
     progress: str = "evaluation",
 ) -> Accuracies: ...
 
@@ -205,7 +205,7 @@ def evaluate(
     episodes: Source,
     count: int | None = None,
     *,
-    batch_norm: str = "running",
+    batch_norm: str | None = None,
     progress: str = "evaluation",
 ) -> Accuracy | SquaredError: ...
 
@@ -215,7 +215,7 @@ def evaluate(
     episodes: Source | Mapping[Any, Source],
     count: int | None = None,
     *,
-    batch_norm: str = "running",
+    batch_norm: str | None = None,
     progress: str = "evaluation",
 ) -> Accuracy | SquaredError | Accuracies:
     """Classify the query images of ``count`` episodes; in regression, predict the targets of the query rows.
@@ -232,7 +232,8 @@ def evaluate(
         count: number of episodes ``E``, at least 2. Surplus episodes of the last batch are left out. None
             means all of an iterable and 1,000 of a sampler or function.
         batch_norm: ``"running"`` normalises by the running statistics of training, ``"transductive"`` by the
-            statistics of the support and query images of each single episode.
+            statistics of the support and query images of each single episode. None: as the learner's attribute
+            ``batch_norm`` says, if it has one that says it, or else by running statistics.
         progress: title of the progress bar, which appears where standard error is a terminal.
 
     Returns:
@@ -255,6 +256,7 @@ def evaluate(
             }
         )
     meter = Meter()
+    batch_norm = settled_batch_norm(learner, batch_norm)
     each_outcome(learner, episodes, count, meter.take, batch_norm, progress, meter.status)
     return meter.result(batch_norm if batch_norm_layers(learner) else "none", getattr(episodes, "seed", None))
 
@@ -338,7 +340,7 @@ def each_outcome(
     episodes: Source,
     count: int | None,
     take: Callable[[Episodes, Outcome | None], None],
-    batch_norm: str = "running",
+    batch_norm: str | None = None,
     progress: str = "evaluation",
     status: Callable[[], str] | None = None,
 ) -> None:
@@ -347,8 +349,8 @@ def each_outcome(
     Several processes share out the batches: the outcome is None on those that another one works on.
     Arguments and errors are those of :func:`evaluate`; ``status`` tells the progress bar of the results so far.
     """
+    batch_norm = settled_batch_norm(learner, batch_norm)
     norms = batch_norm_layers(learner)
-    check_batch_norm(batch_norm, norms)
     if count is not None and count < 2:
         raise ValueError(f"count: expected at least 2 episodes (an interval needs them), got {count}")
     batches, count = _batches(episodes, count)
@@ -401,10 +403,22 @@ def batch_norm_layers(learner: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in learner.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def check_batch_norm(batch_norm: str, norms: Mapping[str, _BatchNorm]) -> None:
-    """Raise ValueError for a mode that is unknown, or that the layers cannot be evaluated in."""
+def settled_batch_norm(learner: nn.Module, batch_norm: str | None) -> str:
+    """The mode to evaluate a learner in.
+
+    Raises:
+        ValueError: a mode that is unknown, or that the learner cannot be evaluated in.
+    """
+    own: str | None = getattr(learner, "batch_norm", None)
+    if batch_norm is None:
+        batch_norm = own or "running"
     if batch_norm not in BATCH_NORM_MODES:
         raise ValueError(f"batch_norm: expected 'running' or 'transductive', got {batch_norm!r}")
+    norms = batch_norm_layers(learner)
+    if norms and own not in (None, batch_norm):
+        raise ValueError(
+            f"batch_norm: expected {own!r}, by which this {type(learner).__name__} normalises, got {batch_norm!r}"
+        )
     if batch_norm == "running":
         for name, norm in norms.items():
             if norm.running_mean is None:
@@ -412,6 +426,7 @@ def check_batch_norm(batch_norm: str, norms: Mapping[str, _BatchNorm]) -> None:
                     f"batch_norm: the layer {name} keeps no running statistics; "
                     "evaluate with batch_norm='transductive'"
                 )
+    return batch_norm
 
 
 def _rows_of_classes(episodes: Episodes) -> Tensor:

@@ -43,9 +43,9 @@ from metafast.training.evaluate import (
     Accuracy,
     SquaredError,
     batch_norm_layers,
-    check_batch_norm,
     evaluate,
     learner_device,
+    settled_batch_norm,
 )
 from metafast.training.events import EventFiles
 from metafast.training.files import remove_leftovers
@@ -89,7 +89,7 @@ def fit(
     validation_episodes: int = 400,
     validate_every: int = 500,
     patience: int | None = None,
-    batch_norm: str = "running",
+    batch_norm: str | None = None,
     optimizer: Optimizer | None = None,
     schedule: str | LRScheduler = "step",
     decay_every: int = 2000,
@@ -192,8 +192,7 @@ def fit(
         raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm!r}")
     if precision not in (*PRECISIONS, *SCALED_PRECISIONS):
         raise ValueError(f"precision: expected 'float32', 'bfloat16' or 'float16', got {precision!r}")
-    if validation is not None:
-        check_batch_norm(batch_norm, batch_norm_layers(learner))
+    mode = (batch_norm or "running") if validation is None else settled_batch_norm(learner, batch_norm)
     if patience is not None and validation is None:
         raise ValueError("patience: early stopping needs validation episodes")
     if resume and overwrite:
@@ -221,7 +220,7 @@ def fit(
     recorded |= {"clip_norm": clip_norm, "precision": precision, "validate_every": validate_every}
     recorded["validation_episodes"] = None if validation is None else validation_episodes
     if validation is not None:
-        recorded["batch_norm"] = batch_norm
+        recorded["batch_norm"] = mode
     if ranks().count > 1:
         recorded["sync_batch_norm"] = sync_batch_norm
     if hasattr(train, "seed"):
@@ -242,14 +241,12 @@ def fit(
     def validate() -> Accuracy | SquaredError | None:
         if validation is None:
             return None
-        return evaluate(
-            learner, validation, validation_episodes, batch_norm=batch_norm, progress="validation"
-        )
+        return evaluate(learner, validation, validation_episodes, batch_norm=mode, progress="validation")
 
     try:
         run.open(resume, overwrite, steps)
         run.train(train, steps, validate, validate_every, patience)
-        run.finish({"steps": steps, "patience": patience}, batch_norm)
+        run.finish({"steps": steps, "patience": patience}, mode)
     finally:
         run.unlock()
     return run.history
