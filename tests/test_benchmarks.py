@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -358,14 +359,15 @@ def test_training_steps_learn_the_same_task(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"WAYS": 4, "QUERIES": 3, "CLASSES": 6, "PER_CLASS": 7}.items():
         monkeypatch.setattr(training, name, value)
     torch.manual_seed(0)
+    random.seed(0)
     step = training.plain_step()
-    plain = [step().item() for _ in range(12)]
+    plain = [step().item() for _ in range(40)]
     half, single = (
-        [row.loss for row in training.metafast_rows(12, precision)] for precision in ("bfloat16", "float32")
+        [row.loss for row in training.metafast_rows(40, precision)] for precision in ("bfloat16", "float32")
     )
     for losses in (plain, half, single):
-        assert all(0 < loss < 20 for loss in losses)
-        assert sum(losses[-4:]) < sum(losses[:4])
+        assert all(0 <= loss < 100 for loss in losses)
+        assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 def test_a_process_tells_its_time_and_peak() -> None:

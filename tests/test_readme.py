@@ -23,7 +23,7 @@ COMMANDS = [
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 5 and sum(command.startswith("metafast ") for command in COMMANDS) == 13
+    assert len(EXAMPLES) == 5 and sum(command.startswith("metafast ") for command in COMMANDS) == 14
 
 
 @pytest.mark.parametrize(
