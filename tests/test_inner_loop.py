@@ -583,9 +583,7 @@ def test_recomputation_keeps_less() -> None:
     assert again[1] - again[0] < 0.2 * (plain[1] - plain[0])
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp", "blocks", "Conv4", "layer norm"]
-)
+@pytest.mark.parametrize("name", ["mlp", "blocks", "Conv4", "layer norm"])
 def test_compiles_whole(name: str) -> None:
     """A meta-step as one graph, with the gradients of the eager one."""
     module, tasks = make(name)

@@ -6,8 +6,10 @@ import inspect
 import itertools
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +113,25 @@ def test_large(case: Case, sizes: dict[str, int], device: torch.device) -> None:
         # One thread after the other: the large sizes are cut, still to several blocks, slabs and chunks.
         sizes = {k: v if v < 50 else 37 + v // 8 for k, v in sizes.items()}
     check(case, case.make((sizes.get("T", 1),), sizes, torch.float32, device), sizes["C"])
+
+
+def test_large_results_are_advised_to_lie_on_large_pages() -> None:
+    """By Linux's own word, whether it has any or not."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        pytest.skip("this system does not tell")
+
+    def advised(tensor: Tensor) -> bool:
+        middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+        for line in smaps.read_text().splitlines():
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(found.group(1), 16) <= middle < int(found.group(2), 16)
+            elif inside and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        raise AssertionError("the tensor lies in no mapping")
+
+    x = torch.rand(1, 2048, 2)
+    assert advised(metafast.pairwise_distance(x, x))
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "check.h"
+#include "cpu/large_pages.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
 #include "math/distance.h"
@@ -20,7 +21,7 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim) {
       AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("torch could not allocate a result; its message stands on stderr");
   }
-  return Tensor(out);
+  return on_large_pages(Tensor(out));
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {

@@ -148,9 +148,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_relu_pool(const Tensor& x_any, c
   const Tensor x = layout.arranged(x_any);
   const bool given = given_mean.has_value();
   const int64_t T = layout.tasks, C = layout.channels, channels = layout.maps.channels, slices = layout.slices;
-  Tensor y = layout.like_y(x);
+  Tensor y = on_large_pages(layout.like_y(x));
   Tensor mean = empty(weight, {T, given ? 0 : C}), var = empty(weight, {T, given ? 0 : C});
-  Tensor choice = pool ? layout.like_y(x, ScalarType::Byte) : torch::stable::new_empty(x, {T, 0}, ScalarType::Byte);
+  Tensor choice =
+      pool ? on_large_pages(layout.like_y(x, ScalarType::Byte)) : torch::stable::new_empty(x, {T, 0}, ScalarType::Byte);
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
     using A = accumulate_t<S>;
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_pool_vjp(
   const Tensor choice = pool ? layout.arranged(choice_any) : choice_any;
   const std::optional<Tensor> grad_mean = optional_dense(grad_mean_any), grad_var = optional_dense(grad_var_any);
   const int64_t T = layout.tasks, C = layout.channels, channels = layout.maps.channels, slices = layout.slices;
-  Tensor to_x = layout.like_x(x), to_weight = empty(weight, {T, C}), to_bias = empty(weight, {T, C});
+  Tensor to_x = on_large_pages(layout.like_x(x)), to_weight = empty(weight, {T, C}), to_bias = empty(weight, {T, C});
   Tensor to_mean = empty(weight, {T, given ? C : 0}), to_var = empty(weight, {T, given ? C : 0});
   dispatch_floating(x.scalar_type(), "x", [&](auto dtype) {
     using S = typename decltype(dtype)::type;
@@ -309,7 +310,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_relu_poo
   const std::optional<Tensor> grad_var = optional_dense(grad_var_any);
   const int64_t T = layout.tasks, C = layout.channels, channels = layout.maps.channels, slices = layout.slices;
   const int64_t own = given ? 0 : C, of_given = given ? C : 0;
-  Tensor to_grad = layout.like_y(x), to_x = layout.like_x(x), to_weight = empty(weight, {T, C});
+  Tensor to_grad = on_large_pages(layout.like_y(x)), to_x = on_large_pages(layout.like_x(x)),
+         to_weight = empty(weight, {T, C});
   Tensor to_grad_mean = empty(weight, {T, own}), to_grad_var = empty(weight, {T, own});
   Tensor to_mean = empty(weight, {T, of_given}), to_var = empty(weight, {T, of_given});
   dispatch_full(x.scalar_type(), "x", [&](auto dtype) {
