@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -102,10 +103,11 @@ def inner_loop(
         ...     _ = line.weight.fill_(0.0)
         >>> x = torch.tensor([[[1.0], [2.0]]])
         >>> adapted = inner_loop(line, x, 2 * x, 0.1, steps=1, loss="mse")
-        >>> adapted(torch.tensor([[[3.0]]]))
-        tensor([[[3.]]], grad_fn=<UnsafeViewBackward0>)
+        >>> adapted(torch.tensor([[[3.0]]])).detach()
+        tensor([[[3.]]])
     """
-    _check_arguments(module, support_x, support_y, steps, loss, optimizer, truncate, batch_norm)
+    _check_arguments(module, support_x, support_y, steps, loss, truncate, batch_norm)
+    _check_optimizer(optimizer, momentum, weight_decay, betas, eps)
     own: Named = dict(module.named_parameters())
     names = adapting(module, adapt)
     tasks = support_x.shape[0]
@@ -138,8 +140,11 @@ def inner_loop(
             values, slots = _recomputed(step, state)
         else:
             values, slots = step(*state)
+        if not torch.is_grad_enabled():
+            # No graph holds the parameters of the steps before.
+            trace.clear()
         trace.append(values)
-    return _Stacked(function, trace)
+    return _Stacked(function, trace, steps)
 
 
 class Adapted:
@@ -157,7 +162,11 @@ class Adapted:
         raise NotImplementedError
 
     def after(self, step: int) -> Adapted:
-        """The module after so many of its steps, such as for the loss of each step (MAML++)."""
+        """The module after so many of its steps, such as for the loss of each step (MAML++).
+
+        Raises:
+            ValueError: more steps than were taken; fewer, where no gradients were recorded (only the last is kept).
+        """
         raise NotImplementedError
 
 
@@ -234,8 +243,8 @@ class _Fused(Adapted):
 class _Stacked(Adapted):
     """Any module, its parameters after each step."""
 
-    def __init__(self, function: _Function, trace: list[Named]) -> None:
-        self._function, self._trace = function, trace
+    def __init__(self, function: _Function, trace: list[Named], steps: int) -> None:
+        self._function, self._trace, self._steps = function, trace, steps
 
     @property
     def path(self) -> str:  # type: ignore[override]
@@ -249,8 +258,14 @@ class _Stacked(Adapted):
         return self._function.outputs(self._trace[-1], x)
 
     def after(self, step: int) -> Adapted:
-        _check_step(step, len(self._trace) - 1)
-        return _Stacked(self._function, self._trace[: step + 1])
+        _check_step(step, self._steps)
+        if step < self._steps and len(self._trace) == 1:
+            raise ValueError(
+                f"step: without gradients the parameters of step {self._steps} alone are kept, not of step {step}"
+            )
+        return _Stacked(
+            self._function, self._trace[-1:] if step == self._steps else self._trace[: step + 1], step
+        )
 
 
 class _Function:
@@ -270,24 +285,21 @@ class _Function:
 
     def outputs(self, own: Named, x: Tensor) -> Tensor:
         """``[T, m, ...]``."""
-        tasks = x.shape[0]
-        in_dims = {
-            name: 0 if value.dim() and value.shape[0] == tasks else None for name, value in own.items()
-        }
+        tasks = next(iter(own.values())).shape[0]
+        _check.is_tensor(x, "x")
+        if x.dim() < 2 or x.shape[0] != tasks:
+            raise ValueError(f"x: expected rows [{tasks}, m, ...], got {list(x.shape)}")
+
+        def of_task(values: Named, rows: Tensor) -> Tensor:
+            return self._call(values, self.fixed, rows)
+
+        def in_turn() -> Tensor:
+            each = ({name: value[t] for name, value in own.items()} for t in range(tasks))
+            return torch.stack([of_task(values, rows) for values, rows in zip(each, x, strict=True)])
+
         with self._prepared(shared=False):
-            return self._for_tasks(
-                lambda: vmap(
-                    lambda values, rows: self._call(values, self.fixed, rows),
-                    in_dims=(in_dims, 0),
-                    randomness="different",
-                )(own, x),
-                lambda: torch.stack(
-                    [
-                        self._call({name: value[t] for name, value in own.items()}, self.fixed, x[t])
-                        for t in range(tasks)
-                    ]
-                ),
-            )
+            out: Tensor = self._for_tasks(lambda: vmap(of_task, randomness="different")(own, x), in_turn)
+            return out
 
     def gradients(
         self, own: Named, shared: bool, fixed: Named, x: Tensor, y: Tensor, create_graph: bool
@@ -475,7 +487,6 @@ def _check_arguments(
     support_y: Any,
     steps: Any,
     loss: Any,
-    optimizer: str,
     truncate: Any,
     batch_norm: str,
 ) -> None:
@@ -494,10 +505,25 @@ def _check_arguments(
         _check.choice(loss, "loss", LOSSES)
     elif not callable(loss):
         raise TypeError(f"loss: expected a name or a function, got {type(loss).__name__}")
-    _check.choice(optimizer, "optimizer", OPTIMIZERS)
     _check.choice(batch_norm, "batch_norm", BATCH_NORM_POLICIES)
     if truncate is not None:
         _check.count(truncate, "truncate")
+
+
+def _check_optimizer(optimizer: str, momentum: Any, weight_decay: Any, betas: Any, eps: Any) -> None:
+    _check.choice(optimizer, "optimizer", OPTIMIZERS)
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("eps", eps)):
+        _check.number(value, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number that is not negative, got {value}")
+    if momentum and optimizer != "sgd":
+        raise ValueError(f"momentum: expected 0 with optimizer {optimizer!r}, got {momentum}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
+    for value in betas:
+        _check.number(value, "betas")
+        if not 0 <= value < 1:
+            raise ValueError(f"betas: expected numbers from 0 to below 1, got {tuple(betas)}")
 
 
 def _check_step(step: Any, steps: int) -> None:

@@ -48,8 +48,8 @@ def sgd_update(params: Container, grads: Any, lr: Any) -> Container:
         ValueError: lengths, keys, shapes or devices do not fit.
 
     Example:
-        >>> sgd_update({"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([10.0, 20.0])}, 0.1)
-        {'weight': tensor([0., 0.])}
+        >>> sgd_update({"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([1.0, 2.0])}, 0.5)
+        {'weight': tensor([0.5000, 1.0000])}
     """
     if not isinstance(params, (list, tuple, dict)):
         raise TypeError(f"params: expected a list, a tuple or a dict, got {type(params).__name__}")

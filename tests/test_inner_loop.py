@@ -532,6 +532,9 @@ def test_without_gradients_nothing_is_recorded() -> None:
             adapted = inner_loop(module, *tasks[:2], 0.2, 2, recompute=recompute)
             out = adapted(tasks[2])
         assert not out.requires_grad
+        assert torch.equal(adapted.after(2).parameters["3.bias"], adapted.parameters["3.bias"])
+        with pytest.raises(ValueError, match="without gradients the parameters of step 2 alone are kept"):
+            adapted.after(1)
         assert all(not value.requires_grad for value in adapted.parameters.values())
         assert_same([out], [expected], 1e-12)
 
@@ -649,6 +652,26 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: inner_loop(LINE, X, Y, 0.1, 1, optimizer="lbfgs"),
         ValueError,
         "optimizer: expected sgd or adam, got 'lbfgs'",
+    ),
+    "momentum": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, momentum=-0.9),
+        ValueError,
+        "momentum: expected a finite number that is not negative, got -0.9",
+    ),
+    "momentum of Adam": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, optimizer="adam", momentum=0.9),
+        ValueError,
+        "momentum: expected 0 with optimizer 'adam', got 0.9",
+    ),
+    "betas": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, optimizer="adam", betas=(0.9, 1.0)),
+        ValueError,
+        "betas: expected numbers from 0 to below 1, got (0.9, 1.0)",
+    ),
+    "query tasks": (
+        lambda: inner_loop(nn.Sequential(LINE, nn.Sigmoid()), X, Y, 0.1, 1)(X[:1]),
+        ValueError,
+        "x: expected rows [2, m, ...], got [1, 3, 4]",
     ),
     "policy": (
         lambda: inner_loop(LINE, X, Y, 0.1, 1, batch_norm="none"),

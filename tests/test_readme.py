@@ -1,13 +1,16 @@
-"""The README's examples run, its commands parse, and the files and targets that it names exist."""
+"""The examples of README and docstrings run, its commands parse, and the files and targets that it names exist."""
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import metafast
 from metafast import cli
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +63,13 @@ def test_files_exist() -> None:
 def test_markers_of_generated_parts() -> None:
     assert TEXT.count("<!-- speed:begin -->") == TEXT.count("<!-- speed:end -->") == 1
     assert TEXT.count("<!-- omniglot") == 1
+
+
+@pytest.mark.parametrize("name", metafast.__all__)
+def test_examples_of_docstrings(name: str) -> None:
+    thing = getattr(metafast, name)
+    examples = doctest.DocTestFinder(recurse=False).find(
+        thing, name, globs={"torch": torch, **vars(metafast)}
+    )
+    for example in examples:
+        assert doctest.DocTestRunner().run(example).failed == 0
