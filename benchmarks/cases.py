@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import encoder, episodes, inner_mlp, peers
+from benchmarks import encoder, episodes, inner_mlp, inner_module, peers
 from metafast import (
     adapted_logits,
     pairwise_distance,
@@ -763,6 +763,26 @@ def omniglot_case(steps: int, gate: float, stretch: float) -> Case:
     )
 
 
+def module_case(name: str, title: str, sizes: inner_module.ModuleSizes, goals: tuple[Goal, ...]) -> Case:
+    return Case(
+        name=name,
+        title=title,
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=lambda sizes: Inputs(inner_module.inputs(sizes)),
+        check=against_float64(inner_module.looped),
+        variants=(
+            Variant(OURS, inner_module.fused),
+            Variant("metafast, steps recomputed", inner_module.recomputed),
+            Variant("torch.func vmap", inner_module.mapped),
+            Variant("per-task Python loop", inner_module.looped, on_gpu=False),
+        ),
+        goals=goals,
+        # In float32 the steps, over five rows, turn ReLUs on and off at other places: of every variant alike.
+        tolerance=0.1,
+    )
+
+
 _CDIST_HEADS = ("torch.cdist, one-hot means", "torch.cdist, index_add means")
 _ONE = torch.ones(1, 1, 1)
 
@@ -960,6 +980,21 @@ CASES: tuple[Case, ...] = (
     sinusoid_case(10, (14.0, 3.0, 130.0), (24.0, 4.8, 230.0)),
     omniglot_case(1, 1.7, 2.5),
     omniglot_case(5, 3.0, 4.5),
+    module_case(
+        "maml-conv4-k5",
+        "second-order MAML, Conv4-64, 8 tasks, 5-way 1-shot 15-query, K = 5",
+        inner_module.ModuleSizes(8, 1, 15, 5),
+        (Goal(("torch.func vmap",), 1.4, 2.0), Goal(("per-task Python loop",), 2.0, 3.0)),
+    ),
+    *(
+        module_case(
+            f"maml-batchnorm-mlp-k{steps}",
+            f"second-order MAML, Omniglot MLP with BatchNorm, 32 tasks, K = {steps}",
+            inner_module.ModuleSizes(32, 1, 15, steps, channels=None),
+            (Goal(("torch.func vmap",), 1.5, 2.5), Goal(("per-task Python loop",), 10.0, 20.0)),
+        )
+        for steps in (1, 5)
+    ),
     maps_case(28, (Goal(("eager",), 4.5, 6.5), Goal(("torch.compile",), 4.0, 5.5))),
     maps_case(14, (Goal(("eager", "eager, channels last"), 3.0, 6.0),)),
     maps_case(7, (Goal(("eager", "eager, channels last"), 2.0, 3.0),)),

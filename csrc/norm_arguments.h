@@ -70,7 +70,8 @@ struct NormLayout {
   int64_t tasks, images, channels, height, width;
 
   NormLayout(const Tensor& x, bool pool_)
-      : last(!x.is_contiguous() && x.size(2) > 1 && x.stride(2) == 1),
+      // Maps of one pixel lie in both orders: with the channels last the vectors are full.
+      : last(x.size(2) > 1 && x.stride(2) == 1 && (!x.is_contiguous() || x.size(3) * x.size(4) == 1)),
         pool(pool_),
         tasks(x.size(0)),
         images(x.size(1)),
