@@ -382,11 +382,20 @@ class TestBenchmarks:
         ],
     )
     def test_kernel_gates(self, name: str, device: str, seconds: Any, expected: Any) -> None:
-        assert gpu.kernel_gate(name, device, seconds) == expected
+        case = SimpleNamespace(name=name, traffic=0)
+        assert gpu.kernel_gate(case, device, seconds, LIMITS) == expected
+
+    @pytest.mark.parametrize(("times", "verdict"), [(1.49, "pass"), (1.51, "miss")])
+    def test_gates_in_times_of_a_copy(self, times: float, verdict: str) -> None:
+        case = cases.find(["norm-relu-pool-14"])[0]
+        copy = case.traffic / LIMITS["bytes_per_second"]
+        found = gpu.kernel_gate(case, "any device", times * copy, LIMITS)
+        assert found == {"gate": pytest.approx(1.5 * copy), "verdict": verdict}
 
     def test_gates_name_cases(self) -> None:
         named = {case.name: case for case in cases.CASES}
-        assert set(gpu.KERNEL_GATES) <= set(named)
+        assert set(gpu.KERNEL_GATES) | set(gpu.COPY_GATES) <= set(named)
+        assert all(named[name].traffic for name in gpu.COPY_GATES)
         goals = {name: goal for name, case in named.items() for goal in gpu.wall_goals(case)}
         assert set(goals) == {"prototypical-head-d1600", "prototypical-head-d64"}
         assert all(goal.gate == 6 and len(goal.against) == 2 for goal in goals.values())
