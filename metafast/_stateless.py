@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,15 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from metafast.backbones import MLP, call_block, is_block, is_hooked
+from metafast.backbones import MLP, Block, call_block, is_block, is_hooked
 from metafast.norm_relu_pool import norm_relu_pool
 
-BATCH_NORM_POLICIES = ("transductive", "running")
+BATCH_NORM_POLICIES = ("transductive", "running", "frozen")
 OUTPUT_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": functional.cross_entropy,
     "mse": functional.mse_loss,
 }
+_RUNNING_MEAN = "running_mean"
 _ACTIVATIONS: Mapping[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 #: Up to so many input planes a convolution with a task's own weights is cheaper as a product with the unfolded images
 #: than as a group of a grouped convolution (forward and backward on two cores, 8 tasks of 5 images: 4 against 15 ms for
@@ -76,10 +77,35 @@ def fused_form(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     return Form(layers, _ACTIVATIONS[between[0]] if between else "relu", flattens, all(biased))
 
 
+class Statistics:
+    """What the BatchNorm layers of a call normalised by, where their running statistics are to follow it."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[str, Tensor]] = []
+        self._found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def watch(self, tensors: Mapping[str, Tensor]) -> None:
+        """Before a call with these tensors."""
+        self._layers = [(name, value) for name, value in tensors.items() if name.endswith(_RUNNING_MEAN)]
+        self._found = {}
+
+    def add(self, running_mean: Tensor | None, mean: Tensor, variance: Tensor) -> None:
+        for name, known in self._layers:
+            if known is running_mean:
+                self._found.setdefault(name[: -len(_RUNNING_MEAN)], []).append((mean, variance))
+
+    def take(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """After it: for each layer by its prefix, such as ``"encoder.0.1."``, mean and variance of its calls."""
+        return self._found
+
+
 @contextlib.contextmanager
-def stateless(module: nn.Module, batch_norm: str, own_weights: bool) -> Iterator[None]:
-    """Inside, calls of ``module`` know no running statistics, or no others, and change none; its convolutional blocks
-    are computed as those of :class:`metafast.Conv4`, and :class:`_Forms` stand in for torch's functions.
+def stateless(
+    module: nn.Module, batch_norm: str, own_weights: bool, statistics: Statistics
+) -> Iterator[None]:
+    """Inside, calls of ``module`` change no running statistics, and know none if they are transductive; its
+    convolutional blocks are computed as those of :class:`metafast.Conv4`, and :class:`_Forms` stand in for torch's
+    functions. ``statistics`` sees what the running ones would have followed.
 
     ``own_weights``: it is called by vmap, with other weights for each task.
     """
@@ -93,22 +119,28 @@ def stateless(module: nn.Module, batch_norm: str, own_weights: bool) -> Iterator
     try:
         for layer in module.modules():
             if isinstance(layer, _BatchNorm):
-                if batch_norm == "running" and layer.running_mean is not None:
-                    put(layer, "training", False)
-                else:
+                if batch_norm == "transductive" or layer.running_mean is None:
                     for name in ("running_mean", "running_var", "num_batches_tracked"):
                         put(layer, name, None)
+                elif batch_norm == "frozen":
+                    put(layer, "training", False)
             # The compiler does not follow a method that comes and goes; there the block's layers stay on their own.
-            elif is_block(layer) and "forward" not in vars(layer) and not torch.compiler.is_compiling():
-                layer.forward = partial(call_block, layer)  # type: ignore[method-assign]
+            elif _computes_block(layer) and not torch.compiler.is_compiling():
+                layer.forward = partial(  # type: ignore[method-assign]
+                    call_block, layer, update=lambda norm, *found: statistics.add(norm.running_mean, *found)
+                )
                 blocks.append(layer)
-        with _Forms(own_weights):
+        with _Forms(own_weights, statistics):
             yield
     finally:
         for block in blocks:
             del block.forward
         for layer, name, value in reversed(hidden):
             setattr(layer, name, value)
+
+
+def _computes_block(layer: nn.Module) -> TypeGuard[nn.Sequential]:
+    return "forward" not in vars(layer) and (type(layer) is Block or is_block(layer))
 
 
 class _Forms(TorchFunctionMode):
@@ -118,9 +150,19 @@ class _Forms(TorchFunctionMode):
     Layer, batch and instance normalisation: https://github.com/pytorch/functorch/issues/534, open since 2022.
     """
 
-    def __init__(self, own_weights: bool) -> None:
+    def __init__(self, own_weights: bool, statistics: Statistics) -> None:
         super().__init__()
-        self.forms = _OF_TASKS if own_weights else _RIGHT
+        batch_norm = partial(_batch_norm, statistics=statistics)
+        self.forms: dict[Any, Callable[..., Tensor]] = {
+            functional.layer_norm: _layer_norm,
+            torch.layer_norm: _layer_norm,
+            functional.instance_norm: _instance_norm,
+            torch.instance_norm: _instance_norm,
+            functional.batch_norm: batch_norm,
+            torch.batch_norm: batch_norm,
+        }
+        if own_weights:
+            self.forms[functional.conv2d] = _conv2d
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -170,10 +212,15 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     given = (None, None) if training else (running_mean, running_var)
     maps = x.reshape(*x.shape[:2], -1, x.shape[-1] if x.dim() > 3 else 1)
-    return norm_relu_pool(maps, weight, bias, *given, eps=eps, relu=False, pool=False)[0].reshape(x.shape)
+    y, mean, var = norm_relu_pool(maps, weight, bias, *given, eps=eps, relu=False, pool=False)
+    if training and statistics is not None:
+        count = x.numel() // max(x.shape[1], 1)
+        statistics.add(running_mean, mean.detach(), var.detach() * (count / max(count - 1, 1)))
+    return y.reshape(x.shape)
 
 
 def _conv2d(
@@ -205,14 +252,3 @@ def _conv2d(
 def _pair(value: Any) -> tuple[int, int]:
     first, *others = value if isinstance(value, (tuple, list)) else (value,)
     return first, others[0] if others else first
-
-
-_RIGHT: Mapping[Any, Callable[..., Tensor]] = {
-    functional.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    functional.instance_norm: _instance_norm,
-    torch.instance_norm: _instance_norm,
-    functional.batch_norm: _batch_norm,
-    torch.batch_norm: _batch_norm,
-}
-_OF_TASKS: Mapping[Any, Callable[..., Tensor]] = {**_RIGHT, functional.conv2d: _conv2d}

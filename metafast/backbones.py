@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -16,6 +16,9 @@ from metafast import _check
 from metafast.conv_block import conv_norm_relu_pool
 from metafast.mlp import ACTIVATIONS
 from metafast.norm_relu_pool import norm_relu_pool
+
+#: What is done with a layer's batch statistics, mean and unbiased variance.
+Update = Callable[[_BatchNorm, Tensor, Tensor], None]
 
 
 class Block(nn.Sequential):
@@ -33,8 +36,11 @@ class Block(nn.Sequential):
         return call_block(self, images)
 
 
-def call_block(block: nn.Sequential, images: Tensor) -> Tensor:
-    """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own."""
+def call_block(block: nn.Sequential, images: Tensor, update: Update | None = None) -> Tensor:
+    """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own.
+
+    ``update``: gets the layer, mean and unbiased variance in place of :func:`update_running_statistics`.
+    """
     convolution, norm, relu, pool = block
     lead, own = images.shape[:-4], images.flatten(0, -4)
     batch = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
@@ -43,8 +49,9 @@ def call_block(block: nn.Sequential, images: Tensor) -> Tensor:
     if isinstance(norm, nn.BatchNorm2d) and fits and own.shape[0] > 0:
         updates = norm.training and norm.track_running_stats and norm.running_mean is not None
         # Under a transform of torch.func only torch's own operator may change what it has not been given.
-        if not updates or peek_interpreter_stack() is None:
-            return _fused(convolution, norm, images, bool(batch), updates)
+        if not updates or update is not None or peek_interpreter_stack() is None:
+            chosen = (update or update_running_statistics) if updates else None
+            return _fused(convolution, norm, images, bool(batch), chosen)
     if lead and batch:
         raise ValueError(
             f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
@@ -54,7 +61,7 @@ def call_block(block: nn.Sequential, images: Tensor) -> Tensor:
 
 
 def _fused(
-    convolution: nn.Module, norm: nn.BatchNorm2d, images: Tensor, batch: bool, updates: bool
+    convolution: nn.Module, norm: nn.BatchNorm2d, images: Tensor, batch: bool, update: Update | None
 ) -> Tensor:
     given = (None, None) if batch else (norm.running_mean, norm.running_var)
     if _is_cheap(convolution, images) and norm.affine:
@@ -66,12 +73,10 @@ def _fused(
         maps = convolution(images.flatten(0, -4))
         maps = maps.reshape(*images.shape[:-3], *maps.shape[1:])
         y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
-    if updates:
+    if update is not None:
         count = maps.shape[-4] * maps.shape[-2] * maps.shape[-1]
         unbiased = var.detach() * (count / max(count - 1, 1))
-        update_running_statistics(
-            norm, *(value.reshape(-1, value.shape[-1]).mean(0) for value in (mean.detach(), unbiased))
-        )
+        update(norm, *(value.reshape(-1, value.shape[-1]).mean(0) for value in (mean.detach(), unbiased)))
     return y
 
 
@@ -141,12 +146,23 @@ def _is_cheap(convolution: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     """As BatchNorm does in training mode, with the mean and the unbiased variance of a batch."""
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    momentum = 1 / float(norm.num_batches_tracked or 1) if norm.momentum is None else norm.momentum
-    for running, value in ((norm.running_mean, mean), (norm.running_var, variance)):
-        if running is not None:
-            running.lerp_(value.to(running.dtype), momentum)
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    move_running_statistics(running, norm.momentum, mean, variance)
+
+
+@torch.no_grad()
+def move_running_statistics(
+    running: Sequence[Tensor | None], momentum: float | None, mean: Tensor, variance: Tensor
+) -> None:
+    """Of ``(running mean, running variance, number of batches)`` in place."""
+    *moved, tracked = running
+    if tracked is not None:
+        tracked.add_(1)
+    if momentum is None:
+        momentum = 1.0 if tracked is None else 1 / float(tracked)
+    for old, value in zip(moved, (mean, variance), strict=True):
+        if old is not None:
+            old.lerp_(value.to(old.dtype), momentum)
 
 
 class MLP(nn.Sequential):

@@ -17,7 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metafast import _check
 from metafast._inner_loss import LOSSES
-from metafast._stateless import BATCH_NORM_POLICIES, OUTPUT_LOSSES, Form, fused_form, stateless
+from metafast._stateless import (
+    BATCH_NORM_POLICIES,
+    OUTPUT_LOSSES,
+    Form,
+    Statistics,
+    fused_form,
+    stateless,
+)
+from metafast.backbones import move_running_statistics
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.mlp import adapt_mlp, adapted_mlp
@@ -26,6 +34,8 @@ OPTIMIZERS = ("sgd", "adam")
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 Named = dict[str, Tensor]
+#: Of the layers by their prefixes, mean and variance of each of a layer's calls.
+Found = dict[str, list[tuple[Tensor, Tensor]]]
 #: Of one step: a number or a tensor ``[]`` for all parameters, or for each by its name.
 Rate = float | Tensor | dict[str, Any]
 
@@ -44,11 +54,14 @@ def inner_loop(
     loss: Loss = "cross_entropy",
     adapt: Iterable[str] | None = None,
     parameters: Mapping[str, Tensor] | None = None,
+    per_step: Mapping[str, Tensor] | None = None,
+    batches: Tensor | None = None,
     optimizer: str = "sgd",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    state: OptimizerState | None = None,
     first_order: bool = False,
     truncate: int | None = None,
     batch_norm: str = "transductive",
@@ -64,7 +77,7 @@ def inner_loop(
     A linear layer, and a ``Sequential`` of linear layers with one kind of activation, is a fused operator
     (:func:`metafast.adapt_linear`, :func:`metafast.adapt_mlp`). Any other module is called by ``torch.func.vmap`` with
     the weights of all tasks stacked; a module that cannot be, task after task, with a warning. ``Adapted.path`` says
-    which it was. The module itself, its buffers and its gradients are left as they are.
+    which it was. The module itself, its buffers and its gradients are left as they are (but for ``batch_norm``).
 
     Args:
         module: from rows ``[n, ...]`` to outputs ``[n, ...]``.
@@ -78,15 +91,21 @@ def inner_loop(
         adapt: names of the parameters that adapt, or of the submodules whose parameters do; None: all that require
             gradients.
         parameters: initial values in place of the module's own, by name: of the same shape, or ``[T, ...]``.
-        optimizer: ``"sgd"`` or ``"adam"``, each as in ``torch.optim``, its state that of this loop alone.
+        per_step: values of parameters that do not adapt, and of buffers, for each call, by name: ``[K + 1, ...]``. Row
+            t stands for the module's own in a call after t steps.
+        batches: ``[K, b]`` int64: the support rows that each step sees; None: all of them.
+        optimizer: ``"sgd"`` or ``"adam"``, each as in ``torch.optim``.
         momentum: of SGD.
         weight_decay: added to the gradient, times the parameter.
         betas: of Adam.
         eps: of Adam.
+        state: what the optimiser begins with, such as an earlier loop's ``Adapted.state``; None: nothing.
         first_order: take the gradients that the steps follow for constants (FOMAML).
         truncate: take them for constants in all but the last so many steps; None: in none.
-        batch_norm: ``"transductive"``: every call normalises by the statistics of its own rows, of each task;
-            ``"running"``: by the layer's running statistics. Neither changes them.
+        batch_norm: ``"transductive"``: every call normalises by the statistics of its own rows, of each task, and
+            changes no running ones. ``"running"``: a layer in training mode does the same, and its running statistics
+            follow, in each call by the mean over the tasks; in evaluation mode it normalises by them. ``"frozen"``: by
+            the running statistics in either mode; they stay as they are.
         recompute: keep nothing of a step but its parameters for the backward pass, which computes it once more: memory
             no longer grows with the steps' activations.
 
@@ -112,9 +131,13 @@ def inner_loop(
     names = adapting(module, adapt)
     tasks = support_x.shape[0]
     start, fixed = _initial(own, names, dict(parameters or {}), tasks)
+    by_step = _by_step(module, names, dict(per_step or {}), steps)
+    _check_batches(batches, steps, support_x)
+    _check_state(state, names)
     rates = _rates(lr, steps, {name: own[name] for name in names})
     shared = all(start[name].dim() == own[name].dim() for name in names)
-    if isinstance(loss, str) and optimizer == "sgd" and truncate is None and not fixed:
+    plain = optimizer == "sgd" and truncate is None and batches is None and state is None
+    if isinstance(loss, str) and plain and not fixed and not by_step:
         form = fused_form(module, own, support_x)
         decays = momentum != 0 or weight_decay != 0
         if form is not None and not isinstance(rates, list) and (form.single or not decays):
@@ -126,25 +149,45 @@ def inner_loop(
         name: value if value.dim() > own[name].dim() else value.expand(tasks, *value.shape)
         for name, value in start.items()
     }
-    function = _Function(module, fixed, OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss, batch_norm)
+    function = _Function(
+        module, fixed, by_step, OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss, batch_norm
+    )
     rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
     constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
-    trace = [stacked]
-    slots: Any = {}
+    trace, begun = [stacked], 0 if state is None else state.steps
+    slots: Any = {} if state is None else state.slots
     for t in range(steps):
         # All tasks share the first step's weights, which makes it cheaper.
         alike = shared and t == 0
-        step = _Step(function, rule, t, alike, t < constant)
-        state = (start if alike else trace[-1], slots, _rate_of(rates, t), fixed, support_x, support_y)
+        step = _Step(function, rule, begun + t, alike, t < constant)
+        rows = (support_x, support_y)
+        if batches is not None:
+            rows = (support_x.index_select(1, batches[t]), support_y.index_select(1, batches[t]))
+        arguments = (start if alike else trace[-1], slots, _rate_of(rates, t), function.fixed(t), *rows)
         if recompute and torch.is_grad_enabled():
-            values, slots = _recomputed(step, state)
+            values, slots, statistics = _recomputed(step, arguments)
         else:
-            values, slots = step(*state)
+            values, slots, statistics = step(*arguments)
+        function.follow(statistics, t)
         if not torch.is_grad_enabled():
             # No graph holds the parameters of the steps before.
             trace.clear()
         trace.append(values)
-    return _Stacked(function, trace, steps)
+    state = OptimizerState(begun + steps, slots)
+    return _Stacked(function, trace, steps, state, shared=shared and steps == 0)
+
+
+class OptimizerState(NamedTuple):
+    """What an optimiser remembers.
+
+    Attributes:
+        steps: that it has made.
+        slots: for each parameter by its name: momentum of SGD; means of gradients and of their squares of Adam, each
+            ``[T, ...]``, or as the parameter.
+    """
+
+    steps: int
+    slots: Mapping[str, Any]
 
 
 class Adapted:
@@ -153,10 +196,12 @@ class Adapted:
     Attributes:
         path: how it did: ``"fused"``, ``"batched"`` or ``"loop"``.
         parameters: those that adapted, ``[T, ...]``, by their names in the module.
+        state: the optimiser's after the last step; None where a fused operator has run the loop.
     """
 
     path: str
     parameters: Named
+    state: OptimizerState | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -241,10 +286,18 @@ class _Fused(Adapted):
 
 
 class _Stacked(Adapted):
-    """Any module, its parameters after each step."""
+    """Any module, its parameters after each step; ``shared``: those of the last are the same for all tasks."""
 
-    def __init__(self, function: _Function, trace: list[Named], steps: int) -> None:
-        self._function, self._trace, self._steps = function, trace, steps
+    def __init__(
+        self,
+        function: _Function,
+        trace: list[Named],
+        steps: int,
+        state: OptimizerState | None,
+        shared: bool = False,
+    ) -> None:
+        self._function, self._trace, self._steps, self._shared = function, trace, steps, shared
+        self.state = state
 
     @property
     def path(self) -> str:  # type: ignore[override]
@@ -255,89 +308,130 @@ class _Stacked(Adapted):
         return self._trace[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._function.outputs(self._trace[-1], x)
+        out, statistics = self._function.outputs(self._trace[-1], self._shared, self._steps, x)
+        self._function.follow(statistics, self._steps)
+        return out
 
     def after(self, step: int) -> Adapted:
         _check_step(step, self._steps)
-        if step < self._steps and len(self._trace) == 1:
+        if step == self._steps:
+            return self
+        if len(self._trace) == 1:
             raise ValueError(
                 f"step: without gradients the parameters of step {self._steps} alone are kept, not of step {step}"
             )
-        return _Stacked(
-            self._function, self._trace[-1:] if step == self._steps else self._trace[: step + 1], step
-        )
+        return _Stacked(self._function, self._trace[: step + 1], step, None)
 
 
 class _Function:
     """The module as a function of its parameters, those of one task or of all."""
 
     def __init__(
-        self, module: nn.Module, fixed: Named, loss: Callable[[Tensor, Tensor], Tensor], batch_norm: str
+        self,
+        module: nn.Module,
+        fixed: Named,
+        by_step: Named,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        batch_norm: str,
     ) -> None:
-        self.module, self.fixed, self.loss, self.batch_norm = module, fixed, loss, batch_norm
+        self.module, self.loss, self.batch_norm = module, loss, batch_norm
         self.batched = True
+        self._fixed, self._by_step = fixed, by_step
+        self._statistics = Statistics()
 
-    def _call(self, own: Named, fixed: Named, x: Tensor) -> Tensor:
+    def fixed(self, step: int) -> Named:
+        """What stands for parameters that do not adapt, and for buffers, after so many steps."""
+        buffers = dict(self.module.named_buffers())
+        # Running statistics change in place, which the graph must not see.
+        rows = {
+            name: each[step].clone() if name in buffers else each[step]
+            for name, each in self._by_step.items()
+        }
+        return {**self._fixed, **rows}
+
+    def follow(self, statistics: Found, step: int) -> None:
+        """Let the running statistics follow the batch ones of a call after so many steps."""
+        for prefix, calls in statistics.items():
+            layer: Any = self.module.get_submodule(prefix[:-1])
+            running = [
+                self._by_step[prefix + name][step] if prefix + name in self._by_step else getattr(layer, name)
+                for name in ("running_mean", "running_var", "num_batches_tracked")
+            ]
+            for mean, var in calls:
+                own = (value.reshape(-1, value.shape[-1]).mean(0) for value in (mean, var))
+                move_running_statistics(running, layer.momentum, *own)
+
+    def _call(self, own: Named, fixed: Named, x: Tensor) -> tuple[Tensor, Found]:
         # What the module does to its buffers stays in here.
-        buffers = {name: value.clone() for name, value in self.module.named_buffers()}
-        out: Tensor = functional_call(self.module, {**buffers, **fixed, **own}, (x,))
-        return out
+        tensors = {name: value.clone() for name, value in self.module.named_buffers()}
+        tensors |= {**fixed, **own}
+        self._statistics.watch(tensors)
+        out: Tensor = functional_call(self.module, tensors, (x,))
+        return out, self._statistics.take()
 
-    def outputs(self, own: Named, x: Tensor) -> Tensor:
-        """``[T, m, ...]``."""
+    def outputs(self, own: Named, shared: bool, step: int, x: Tensor) -> tuple[Tensor, Found]:
+        """``[T, m, ...]``, and the batch statistics; ``shared``: the parameters are those of all tasks."""
         tasks = next(iter(own.values())).shape[0]
         _check.is_tensor(x, "x")
         if x.dim() < 2 or x.shape[0] != tasks:
             raise ValueError(f"x: expected rows [{tasks}, m, ...], got {list(x.shape)}")
+        fixed = self.fixed(step)
+        if shared:
+            own = {name: value[0] for name, value in own.items()}
 
-        def of_task(values: Named, rows: Tensor) -> Tensor:
-            return self._call(values, self.fixed, rows)
+        def of_task(values: Named, rows: Tensor) -> tuple[Tensor, Found]:
+            return self._call(values, fixed, rows)
 
-        def in_turn() -> Tensor:
-            each = ({name: value[t] for name, value in own.items()} for t in range(tasks))
-            return torch.stack([of_task(values, rows) for values, rows in zip(each, x, strict=True)])
+        def in_turn() -> tuple[Tensor, Found]:
+            each = (own if shared else {name: value[t] for name, value in own.items()} for t in range(tasks))
+            return _stacked([of_task(values, rows) for values, rows in zip(each, x, strict=True)])
 
-        with self._prepared(shared=False):
-            out: Tensor = self._for_tasks(lambda: vmap(of_task, randomness="different")(own, x), in_turn)
-            return out
+        together = vmap(of_task, in_dims=(None if shared else 0, 0), randomness="different")
+        with self._prepared(shared):
+            found: tuple[Tensor, Found] = self._for_tasks(lambda: together(own, x), in_turn)
+            return found
 
     def gradients(
         self, own: Named, shared: bool, fixed: Named, x: Tensor, y: Tensor, create_graph: bool
-    ) -> Named:
-        """Those of each task's loss, ``[T, ...]``; ``shared``: the parameters are those of all tasks."""
+    ) -> tuple[Named, Found]:
+        """Those of each task's loss, ``[T, ...]``, and the batch statistics; ``shared`` as of :meth:`outputs`."""
 
-        def loss_of(values: Named, rows: Tensor, targets: Tensor) -> Tensor:
-            return self.loss(self._call(values, fixed, rows), targets)
+        def loss_of(values: Named, rows: Tensor, targets: Tensor) -> tuple[Tensor, Found]:
+            out, statistics = self._call(values, fixed, rows)
+            return self.loss(out, targets), statistics
 
-        def of_task(t: int) -> tuple[Tensor, ...]:
+        def of_task(t: int) -> tuple[Named, Found]:
             with torch.enable_grad():
                 values = own if shared else {name: value[t] for name, value in own.items()}
                 values = {
                     name: value if value.requires_grad else value.detach().requires_grad_()
                     for name, value in values.items()
                 }
-                return torch.autograd.grad(
-                    loss_of(values, x[t], y[t]),
+                value, statistics = loss_of(values, x[t], y[t])
+                found = torch.autograd.grad(
+                    value,
                     list(values.values()),
                     create_graph=create_graph,
                     allow_unused=True,
                     materialize_grads=True,
                 )
+                return dict(zip(own, found, strict=True)), statistics
 
-        def in_turn() -> Named:
-            found = zip(*map(of_task, range(x.shape[0])), strict=True)
-            return {name: torch.stack(each) for name, each in zip(own, found, strict=True)}
+        def in_turn() -> tuple[Named, Found]:
+            return _stacked([of_task(t) for t in range(x.shape[0])])
 
-        each = vmap(grad(loss_of), in_dims=(None if shared else 0, 0, 0), randomness="different")
+        each = vmap(
+            grad(loss_of, has_aux=True), in_dims=(None if shared else 0, 0, 0), randomness="different"
+        )
         with self._prepared(shared):
-            found: Named = self._for_tasks(lambda: each(own, x, y), in_turn)
+            found: tuple[Named, Found] = self._for_tasks(lambda: each(own, x, y), in_turn)
             return found
 
     @contextlib.contextmanager
     def _prepared(self, shared: bool) -> Iterator[None]:
         # Fused attention and cuDNN's recurrent layers have no second derivative.
         with (
-            stateless(self.module, self.batch_norm, self.batched and not shared),
+            stateless(self.module, self.batch_norm, self.batched and not shared, self._statistics),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=False) if _recurs(self.module) else contextlib.nullcontext(),
         ):
@@ -362,6 +456,12 @@ class _Function:
             stacklevel=2,
         )
         return found
+
+
+def _stacked(each: list[Any]) -> Any:
+    """The results of the tasks, their tensors stacked."""
+    flat, shape = zip(*map(tree_flatten, each), strict=True)
+    return tree_unflatten([torch.stack(values) for values in zip(*flat, strict=True)], shape[0])
 
 
 def _recurs(module: nn.Module) -> bool:
@@ -421,14 +521,11 @@ class _Step(NamedTuple):
 
     def __call__(
         self, own: Named, slots: Any, rate: Rate, fixed: Named, x: Tensor, y: Tensor
-    ) -> tuple[Named, Any]:
-        if self.constant:
-            with torch.no_grad():
-                grads = self.function.gradients(own, self.shared, fixed, x, y, create_graph=False)
-        else:
-            record = torch.is_grad_enabled()
-            grads = self.function.gradients(own, self.shared, fixed, x, y, create_graph=record)
-        return self.rule(own, grads, slots, rate, self.number)
+    ) -> tuple[Named, Any, Found]:
+        record = torch.is_grad_enabled() and not self.constant
+        with contextlib.nullcontext() if record else torch.no_grad():
+            grads, statistics = self.function.gradients(own, self.shared, fixed, x, y, create_graph=record)
+        return *self.rule(own, grads, slots, rate, self.number), statistics
 
 
 def _recomputed(step: _Step, state: tuple[Any, ...]) -> Any:
@@ -565,6 +662,49 @@ def _initial(
     return {name: values[name] for name in names}, {
         name: v for name, v in values.items() if name not in names
     }
+
+
+def _by_step(module: nn.Module, names: Sequence[str], given: Named, steps: int) -> Named:
+    """The values of ``per_step``, once they are known to fit."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in given.items():
+        if name not in own or name in names:
+            raise ValueError(
+                f"per_step: expected names of parameters that do not adapt, or of buffers, got {name!r}"
+            )
+        _check.is_tensor(value, f"per_step[{name!r}]")
+        if value.shape != (steps + 1, *own[name].shape):
+            raise ValueError(
+                f"per_step[{name!r}]: expected {[steps + 1, *own[name].shape]}, got {list(value.shape)}"
+            )
+    return given
+
+
+def _check_batches(batches: Any, steps: int, support_x: Tensor) -> None:
+    if batches is None:
+        return
+    _check.is_tensor(batches, "batches")
+    if batches.dtype != torch.int64:
+        raise TypeError(f"batches: expected int64, got {batches.dtype}")
+    if batches.dim() != 2 or batches.shape[0] != steps:
+        raise ValueError(f"batches: expected [{steps}, b], got {list(batches.shape)}")
+    if batches.numel() and batches.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in batches.aminmax())
+        if low < 0 or high >= support_x.shape[1]:
+            raise ValueError(
+                f"batches: expected rows from 0 to {support_x.shape[1] - 1}, got {low if low < 0 else high}"
+            )
+
+
+def _check_state(state: Any, names: Sequence[str]) -> None:
+    if state is None:
+        return
+    if not isinstance(state, OptimizerState):
+        raise TypeError(f"state: expected an Adapted.state, got {type(state).__name__}")
+    if state.slots and state.slots.keys() != set(names):
+        raise ValueError(
+            f"state: expected the names of the parameters that adapt, {list(names)}, got {list(state.slots)}"
+        )
 
 
 def _rates(lr: Any, steps: int, own: Mapping[str, Tensor]) -> Any:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast import Conv4, inner_loop
-from metafast.inner_loop import BatchingWarning
+from metafast.inner_loop import BatchingWarning, OptimizerState
 from tests.cases import assert_same
 
 TASKS, SUPPORT, QUERY, WAYS = 3, 6, 5, 3
@@ -450,8 +450,9 @@ def test_regression(name: str) -> None:
     )
 
 
-def test_running_statistics() -> None:
-    """Those of the layers, which stay as they are; without any, those of the rows."""
+@pytest.mark.parametrize("policy, training", [("frozen", True), ("frozen", False), ("running", False)])
+def test_normalised_by_running_statistics(policy: str, training: bool) -> None:
+    """Those of the layers, which stay as they are."""
     module, tasks = make("blocks")
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     for norm in norms:
@@ -459,8 +460,8 @@ def test_running_statistics() -> None:
         norm.running_mean.uniform_(-0.5, 0.5)
         norm.running_var.uniform_(0.5, 2)
     before = deepcopy(module.state_dict())
-    module.train()
-    actual = inner_loop(module, *tasks[:2], 0.2, 2, batch_norm="running")(tasks[2])
+    module.train(training)
+    actual = inner_loop(module, *tasks[:2], 0.2, 2, batch_norm=policy)(tasks[2])
     frozen = deepcopy(module).eval()
     outs = []
     for t in range(TASKS):
@@ -472,9 +473,153 @@ def test_running_statistics() -> None:
         outs.append(functional_call(frozen, own, (tasks[2][t],)))
     leaves = list(module.parameters())
     assert_same(outer(actual, tasks, leaves), outer(torch.stack(outs), tasks, leaves), 1e-12)
-    assert all(norm.training for norm in norms)
+    assert all(norm.training == training for norm in norms)
     for key, value in module.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+class Normed(Branches):
+    """As :class:`Branches`, with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x.mean(1))[:, None])
+
+
+MODULES_WITH_RUNNING = {
+    "mlp with batch norm": MODULES["mlp with batch norm"],
+    "blocks": MODULES["blocks"],
+    "Conv4": MODULES["Conv4"],
+    "loop": (Normed, ROWS, "loop"),
+}
+
+
+def statistics_of(
+    module: nn.Module, parameters: list[Named], rows: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By torch's own layers, of each BatchNorm layer the mean over the tasks of the rows' mean and variance."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    plain = without_statistics(module)
+    for name, layer in plain.named_modules():
+        if isinstance(layer, _BatchNorm):
+
+            def see(_: Any, inputs: tuple[Tensor, ...], __: Any, name: str = name) -> None:
+                x = inputs[0].detach().transpose(0, 1).flatten(1)
+                found.setdefault(name, []).append((x.mean(1), x.var(1)))
+
+            layer.register_forward_hook(see)
+    for own, x in zip(parameters, rows, strict=True):
+        functional_call(plain, own, (x,))
+    return {
+        name: (torch.stack([m for m, _ in each]).mean(0), torch.stack([v for _, v in each]).mean(0))
+        for name, each in found.items()
+    }
+
+
+@pytest.mark.parametrize("name", MODULES_WITH_RUNNING)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
+def test_running_statistics_follow(name: str, recompute: bool, tables: bool) -> None:
+    """In training each call moves them towards its own, the mean over the tasks: the layer's, or those of its step."""
+    MODULES["of this test"] = MODULES_WITH_RUNNING[name]
+    module, tasks = make("of this test")
+    steps, shown = 2, deepcopy(module)
+    expected = inner_loop(module, *tasks[:2], 0.2, steps)
+    buffers = {key: value for key, value in module.named_buffers() if value.dim()}
+    table = {key: torch.stack([value] * (steps + 1)) for key, value in buffers.items()} if tables else None
+    adapted = inner_loop(
+        module, *tasks[:2], 0.2, steps, batch_norm="running", per_step=table, recompute=recompute
+    )
+    outputs = adapted(tasks[2])
+    assert adapted.path == MODULES["of this test"][2]
+    leaves = list(module.parameters())
+    assert_same(outer(outputs, tasks, leaves), outer(expected(tasks[2]), tasks, leaves), 1e-12)
+    layers = {key: layer for key, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    running = {
+        key: (torch.zeros_like(layer.running_mean), torch.ones_like(layer.running_var))  # type: ignore[arg-type]
+        for key, layer in layers.items()
+    }
+    for t in range(steps + 1):
+        values = expected.after(t).parameters
+        each = [{key: value[k] for key, value in values.items()} for k in range(TASKS)]
+        for key, batch in statistics_of(shown, each, tasks[0] if t < steps else tasks[2]).items():
+            share = layers[key].momentum or 1 / (t + 1)
+            if table is None:
+                running[key] = tuple(
+                    (1 - share) * a + share * b for a, b in zip(running[key], batch, strict=True)
+                )
+            else:
+                moved = (1 - share) * 0 + share * batch[0], (1 - share) * 1 + share * batch[1]
+                got = [table[f"{key}.running_{kind}"][t] for kind in ("mean", "var")]
+                assert_same(got, moved, 1e-12)
+    for key, layer in layers.items():
+        if table is None:
+            assert_same([layer.running_mean, layer.running_var], running[key], 1e-12)
+        else:
+            assert torch.equal(layer.running_mean, torch.zeros_like(layer.running_mean))  # type: ignore[arg-type]
+        assert int(layer.num_batches_tracked) == steps + 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_values_for_each_step(recompute: bool) -> None:
+    """Scale and shift of BatchNorm of each step, learnt and not adapted (MAML++)."""
+    module, tasks = make("mlp with batch norm")
+    names, steps = ("1.weight", "1.bias"), 2
+    table = {name: torch.rand(steps + 1, 6, dtype=torch.float64).requires_grad_() for name in names}
+    leaves = [*(v for n, v in module.named_parameters() if n not in names), *table.values()]
+    adapt = ["0", "3"]
+    adapted = inner_loop(module, *tasks[:2], 0.2, steps, adapt=adapt, per_step=table, recompute=recompute)
+    plain, outs, early = without_statistics(module), [], []
+    for k in range(TASKS):
+        own: Named = {n: v for n, v in module.named_parameters() if n not in names}
+        for t in range(steps):
+            row = {name: value[t] for name, value in table.items()}
+            if t == 1:
+                early.append(functional_call(plain, {**own, **row}, (tasks[2][k],)))
+            loss = cross_entropy(functional_call(plain, {**own, **row}, (tasks[0][k],)), tasks[1][k])
+            grads = torch.autograd.grad(loss, list(own.values()), create_graph=True)
+            own = {key: value - 0.2 * g for (key, value), g in zip(own.items(), grads, strict=True)}
+        row = {name: value[steps] for name, value in table.items()}
+        outs.append(functional_call(plain, {**own, **row}, (tasks[2][k],)))
+    assert_same(outer(adapted(tasks[2]), tasks, leaves), outer(torch.stack(outs), tasks, leaves), 1e-12)
+    assert_same([adapted.after(1)(tasks[2])], [torch.stack(early)], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "blocks", "branches"])
+@pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
+def test_batches_of_the_support_rows(name: str) -> None:
+    """Each step sees its own rows: as many loops of one step, each from where the one before ended."""
+    module, tasks = make(name)
+    batches = torch.tensor([[0, 3, 5], [1, 1, 2]])
+    leaves = list(module.parameters())
+    adapted = inner_loop(module, *tasks[:2], 0.2, 2, batches=batches)
+    values: Any = None
+    for rows in batches:
+        values = inner_loop(
+            module, tasks[0][:, rows], tasks[1][:, rows], 0.2, 1, parameters=values
+        ).parameters
+    expected = inner_loop(module, *tasks[:2], 0.2, 0, parameters=values)
+    assert_same(outer(adapted(tasks[2]), tasks, leaves), outer(expected(tasks[2]), tasks, leaves), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": "adam", "betas": (0.0, 0.99)}]
+)
+def test_the_optimizers_state_goes_on(options: dict[str, Any]) -> None:
+    """Two loops, the second with the first one's state, are one of as many steps."""
+    module, tasks = make("blocks")
+    leaves = list(module.parameters())
+    whole = inner_loop(module, *tasks[:2], 0.05, 4, **options)
+    first = inner_loop(module, *tasks[:2], 0.05, 1, **options)
+    second = inner_loop(
+        module, *tasks[:2], 0.05, 3, parameters=first.parameters, state=first.state, **options
+    )
+    assert second.state is not None and second.state.steps == 4
+    assert_same(outer(second(tasks[2]), tasks, leaves), outer(whole(tasks[2]), tasks, leaves), 1e-12)
 
 
 @each_module
@@ -676,7 +821,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "policy": (
         lambda: inner_loop(LINE, X, Y, 0.1, 1, batch_norm="none"),
         ValueError,
-        "batch_norm: expected transductive or running, got 'none'",
+        "batch_norm: expected transductive or running or frozen, got 'none'",
     ),
     "adapt": (
         lambda: inner_loop(LINE, X, Y, 0.1, 1, adapt=["head"]),
@@ -717,6 +862,41 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: inner_loop(LINE, X, Y, [{"weight": torch.ones(3), "bias": 0.1}], 1),
         ValueError,
         "lr[0]['weight']: expected a tensor [] or [2, 4], got [3]",
+    ),
+    "per step": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, per_step={"bias": torch.ones(2, 2)}),
+        ValueError,
+        "per_step: expected names of parameters that do not adapt, or of buffers, got 'bias'",
+    ),
+    "per step shape": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, adapt=["weight"], per_step={"bias": torch.ones(3, 2)}),
+        ValueError,
+        "per_step['bias']: expected [2, 2], got [3, 2]",
+    ),
+    "batches": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 2, batches=torch.zeros(3, 1).long()),
+        ValueError,
+        "batches: expected [2, b], got [3, 1]",
+    ),
+    "batches dtype": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 2, batches=torch.zeros(2, 1)),
+        TypeError,
+        "batches: expected int64, got torch.float32",
+    ),
+    "batches rows": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, batches=torch.tensor([[0, 3]])),
+        ValueError,
+        "batches: expected rows from 0 to 2, got 3",
+    ),
+    "state": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, state={}),  # type: ignore[arg-type]
+        TypeError,
+        "state: expected an Adapted.state, got dict",
+    ),
+    "state names": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, state=OptimizerState(1, {"weight": X})),
+        ValueError,
+        "state: expected the names of the parameters that adapt, ['weight', 'bias'], got ['weight']",
     ),
     "rate kind": (lambda: inner_loop(LINE, X, Y, "0.1", 1), TypeError, "lr: expected a number, got str"),
 }
