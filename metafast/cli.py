@@ -14,8 +14,9 @@ import torch
 
 from metafast import commands, doctor
 from metafast.config import UsageError, nearest, option_names, read_config
+from metafast.inner_loop import OPTIMIZERS as INNER_OPTIMIZERS
 from metafast.learners.protonet import METRICS
-from metafast.methods import BACKBONES, METHODS, methods_with
+from metafast.methods import BACKBONES, INNER_BATCH_NORM, METHODS, OPTIMIZERS, methods_with
 from metafast.mlp import ACTIVATIONS
 from metafast.sources import ALL, SINUSOID, SOURCES, SPLITS
 from metafast.training import Interrupted
@@ -305,7 +306,11 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, help=f"{text} [{methods_with(name[2:].replace('-', '_'))}]", **options)
 
     number: dict[str, Any] = {"type": _positive_float, "metavar": "X"}
-    add("--backbone", "what adapts (default: mlp)", choices=BACKBONES)
+    add(
+        "--backbone",
+        "what adapts (default: mlp for maml, metasgd and sinusoid, else conv4)",
+        choices=BACKBONES,
+    )
     add("--channels", "channels of the Conv4 encoder (default: 64)", type=_positive_int, metavar="N")
     add(
         "--episode-statistics",
@@ -326,12 +331,38 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--activation", "of the hidden layers (default: relu)", choices=ACTIVATIONS)
     add(
         "--inner-lr",
-        "rate of the inner steps (default: 0.1 for anil, 0.01 for maml; of metasgd the initial one, drawn from "
-        "0.005 to 0.1)",
+        "rate of the inner steps, of metasgd and maml++ the initial one (default: 0.1 for anil, boil and maml++, "
+        "0.01 for maml and protomaml, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
         **number,
     )
     add("--learn-inner-lr", "train the rate too", action=_Switch)
-    add("--inner-steps", "steps of adaptation (default: 5 for anil, else 1)", type=_count, metavar="N")
+    add(
+        "--inner-steps",
+        "steps of adaptation (default: 1 for maml, metasgd and boil, else 5)",
+        type=_count,
+        metavar="N",
+    )
+    add(
+        "--inner-batch-norm",
+        "what BatchNorm normalises by in and after the inner steps: the rows at hand; these in training, whose "
+        "running statistics follow, and those in tests (per_step: of each step, maml++); or running statistics as "
+        "they are (default: transductive)",
+        choices=INNER_BATCH_NORM,
+    )
+    add("--inner-batch", "support rows of an inner step (default: 10)", type=_positive_int, metavar="N")
+    add("--inner-optimizer", "of the inner steps (default: adam)", choices=INNER_OPTIMIZERS)
+    add(
+        "--multi-step",
+        "first training steps in which the loss after each inner step counts (default: 5000)",
+        type=_count,
+        metavar="N",
+    )
+    add(
+        "--first-order-steps",
+        "first training steps that are of first order (default: 0)",
+        type=_count,
+        metavar="N",
+    )
     add(
         "--init-std",
         "of the initial weights, such as 0.01 (default: He's square root of 2 / inputs)",
@@ -344,12 +375,17 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 def _add_course_options(parser: argparse.ArgumentParser) -> None:
     course = parser.add_argument_group("course of training")
     course.add_argument("--steps", type=_positive_int, default=10000, metavar="N", help="optimiser steps")
-    course.add_argument("--lr", type=_positive_float, default=1e-3, metavar="X", help="learning rate of Adam")
+    course.add_argument(
+        "--optimizer", choices=tuple(OPTIMIZERS), help="optimiser (default: sgd for reptile, else adam)"
+    )
+    course.add_argument(
+        "--lr", type=_positive_float, metavar="X", help="learning rate (default: 1 for reptile, else 0.001)"
+    )
     course.add_argument(
         "--schedule",
         choices=SCHEDULES,
-        default="step",
-        help="course of the learning rate: drops, half a cosine, or none",
+        help="course of the learning rate: drops, half a cosine or a line down to 0, or none (default: linear for "
+        "reptile, cosine for maml++, else step)",
     )
     course.add_argument(
         "--decay-every", type=_positive_int, default=2000, metavar="N", help="steps between drops (step)"
@@ -560,7 +596,7 @@ def _add_batch_norm_option(group: Any) -> None:
         "--batch-norm",
         choices=BATCH_NORM_MODES,
         help="statistics of BatchNorm in tests: those of training, or those of each episode's images (default: "
-        "transductive for maml and metasgd, which know no others, else running)",
+        "transductive for methods with --inner-batch-norm transductive, else running)",
     )
 
 

@@ -20,7 +20,7 @@ import metafast
 from metafast._library import keep_pages
 from metafast.config import UsageError
 from metafast.data import Classes, EpisodeSampler, FixedEpisodes, ImageClasses, SinusoidSampler
-from metafast.methods import METHODS, OPTIONS, settle_options
+from metafast.methods import METHODS, OPTIMIZERS, OPTIONS, settle_options
 from metafast.sources import (
     ALL,
     SINUSOID,
@@ -94,7 +94,7 @@ def train(options: Options, arguments: Sequence[str]) -> int:
             validate_every=options.validate_every,
             patience=options.patience,
             batch_norm=options.batch_norm,
-            optimizer=torch.optim.Adam(learner.parameters(), lr=options.lr),
+            optimizer=OPTIMIZERS[options.optimizer](learner.parameters(), lr=options.lr),
             schedule=options.schedule,
             decay_every=options.decay_every,
             decay=options.decay,
@@ -424,7 +424,7 @@ def _introduction(options: Options, data: _Data, device: torch.device) -> str:
         if options.backbone != "conv4":
             network = f"hidden layers of {' '.join(map(str, options.hidden))}"
         if options.backbone != "mlp":
-            norm = "each episode's support or query statistics in BatchNorm, "
+            norm = f"{options.inner_batch_norm} BatchNorm in the inner loop, "
     else:
         whose = "each episode's" if options.episode_statistics else "batch"
         norm = f"{whose} statistics in BatchNorm, "

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from metafast._stateless import BATCH_NORM_POLICIES
 from metafast.backbones import MLP, Conv4
 from metafast.config import UsageError
-from metafast.learners import ANIL, MAML, R2D2, ProtoNet
+from metafast.learners import ANIL, BOIL, MAML, R2D2, MAMLPlusPlus, MetaSGD, ProtoMAML, ProtoNet, Reptile
 from metafast.sources import SINUSOID
 
 #: Hidden layers of an MLP: those of the MAML paper for sinusoids, and for images of Omniglot's size.
@@ -31,6 +33,7 @@ class Method:
         train_ways: usual number of ways in training, None for that of the data set.
         head: whether it has an output for each class, so that all episodes have as many ways.
         waves: whether it does regression.
+        optimizer, lr, schedule: usual ones of the outer steps.
     """
 
     make: Callable[[Settings], nn.Module]
@@ -39,6 +42,9 @@ class Method:
     train_ways: int | None = None
     head: bool = False
     waves: bool = False
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    schedule: str = "step"
 
 
 def _encoder(settings: Settings) -> Conv4:
@@ -69,46 +75,65 @@ def _anil(settings: Settings) -> ANIL:
     )
 
 
-def _adapting_model(settings: Settings) -> nn.Module:
-    waves = settings["data"] == [SINUSOID]
-    outputs = 1 if waves else settings["train_ways"]
+def _adapting_encoder(settings: Settings, *outputs: int) -> nn.Module:
+    """Conv4, or an MLP that ends with ``outputs``."""
     if settings["backbone"] == "conv4":
-        encoder = _encoder(settings)
-        return nn.Sequential(encoder, nn.Linear(encoder.features(settings["size"]), outputs))
+        return _encoder(settings)
+    waves = settings["data"] == [SINUSOID]
     inputs = 1 if waves else settings["in_channels"] * settings["size"] ** 2
     return MLP(
-        (inputs, *settings["hidden"], outputs),
+        (inputs, *settings["hidden"], *outputs),
         settings["activation"],
         batch_norm=settings["backbone"] == "mlp-batchnorm",
         init_std=settings["init_std"],
     )
 
 
-def _maml(settings: Settings) -> MAML:
-    return MAML(
-        _adapting_model(settings),
-        settings["inner_lr"],
-        settings["inner_steps"],
-        loss="mse" if settings["data"] == [SINUSOID] else "cross_entropy",
-        learn_lr=settings["method"] == "metasgd",
-        first_order=settings["first_order"],
-        recompute=settings["recompute"],
-    )
+def _adapting_model(settings: Settings) -> nn.Module:
+    outputs = 1 if settings["data"] == [SINUSOID] else settings["train_ways"]
+    model = _adapting_encoder(settings, outputs)
+    if not isinstance(model, Conv4):
+        return model
+    return nn.Sequential(model, nn.Linear(model.features(settings["size"]), outputs))
+
+
+def _adapting(
+    kind: Callable[..., nn.Module],
+    names: Mapping[str, str],
+    model: Callable[[Settings], nn.Module] = _adapting_model,
+) -> Callable[[Settings], nn.Module]:
+    """Makes learners of a kind; ``names``: its arguments by the options of the command line."""
+
+    def make(settings: Settings) -> nn.Module:
+        options = {name: settings[option] for option, name in names.items()}
+        if model is _adapting_model:
+            options["loss"] = "mse" if settings["data"] == [SINUSOID] else "cross_entropy"
+        return kind(
+            model(settings),
+            settings["inner_lr"],
+            settings["inner_steps"],
+            batch_norm=settings["inner_batch_norm"],
+            **options,
+        )
+
+    return make
 
 
 _CONV4_OPTIONS: dict[str, Any] = {"channels": 64, "episode_statistics": False}
-_MAML_OPTIONS: dict[str, Any] = {
-    "backbone": "mlp",
+_ADAPTING_OPTIONS: dict[str, Any] = {
+    "backbone": "conv4",
     "channels": 64,
     "hidden": None,
     "activation": "relu",
     "init_std": None,
-    "inner_lr": None,
+    "inner_lr": 0.01,
     "inner_steps": 1,
-    "first_order": False,
-    "recompute": False,
+    "inner_batch_norm": "transductive",
 }
-#: What MAML adapts: an MLP, one with BatchNorm, or Conv4 and a linear layer; and the options that are not for all.
+_OF_MAML = {"first_order": "first_order", "recompute": "recompute"}
+_MAML_OPTIONS: dict[str, Any] = {**_ADAPTING_OPTIONS, "first_order": False, "recompute": False}
+#: What methods of the MAML family adapt: an MLP, one with BatchNorm, or Conv4 and a linear layer; and the options that
+#: are not for all.
 BACKBONES = ("mlp", "mlp-batchnorm", "conv4")
 _OF_MLP, _OF_CONV4 = ("hidden", "activation", "init_std"), ("channels",)
 
@@ -126,8 +151,71 @@ METHODS = {
         head=True,
     ),
     "r2d2": Method(_r2d2, {**_CONV4_OPTIONS, "regularisation": 50.0, "scale": 10.0}),
-    "maml": Method(_maml, _MAML_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
-    "metasgd": Method(_maml, _MAML_OPTIONS, tasks=25, train_ways=5, head=True, waves=True),
+    "maml": Method(
+        _adapting(MAML, _OF_MAML),
+        {**_MAML_OPTIONS, "backbone": "mlp"},
+        tasks=25,
+        train_ways=5,
+        head=True,
+        waves=True,
+    ),
+    "metasgd": Method(
+        _adapting(MetaSGD, _OF_MAML),
+        {**_MAML_OPTIONS, "backbone": "mlp", "inner_lr": None},
+        tasks=25,
+        train_ways=5,
+        head=True,
+        waves=True,
+    ),
+    "boil": Method(
+        _adapting(BOIL, _OF_MAML),
+        {**_MAML_OPTIONS, "inner_lr": 0.1},
+        tasks=16,
+        train_ways=5,
+        head=True,
+        waves=True,
+    ),
+    "maml++": Method(
+        _adapting(
+            MAMLPlusPlus, {**_OF_MAML, "multi_step": "multi_step", "first_order_steps": "first_order_steps"}
+        ),
+        {**_MAML_OPTIONS, "inner_lr": 0.1, "inner_steps": 5, "multi_step": 5000, "first_order_steps": 0},
+        tasks=16,
+        train_ways=5,
+        head=True,
+        waves=True,
+        schedule="cosine",
+    ),
+    "reptile": Method(
+        _adapting(Reptile, {"inner_batch": "batch_size", "inner_optimizer": "optimizer"}),
+        {
+            **_ADAPTING_OPTIONS,
+            "inner_lr": 1e-3,
+            "inner_steps": 5,
+            "inner_batch": 10,
+            "inner_optimizer": "adam",
+        },
+        tasks=5,
+        train_ways=5,
+        head=True,
+        waves=True,
+        optimizer="sgd",
+        lr=1.0,
+        schedule="linear",
+    ),
+    "protomaml": Method(
+        _adapting(ProtoMAML, _OF_MAML, _adapting_encoder),
+        {**_MAML_OPTIONS, "inner_steps": 5},
+        tasks=16,
+        train_ways=5,
+    ),
+}
+#: The policies of BatchNorm in the inner loop; the last is one of maml++ alone.
+INNER_BATCH_NORM = (*BATCH_NORM_POLICIES, "per_step")
+#: Outer optimisers by name.
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
 }
 #: The options that not every method understands.
 OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.options))
@@ -155,17 +243,23 @@ def settle_options(options: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} is an option of {methods_with(name)}; {options.method} has no use for it"
             )
+    if options.inner_batch_norm == "per_step" and options.method != "maml++":
+        raise UsageError(
+            f"--inner-batch-norm per_step is of maml++; {options.method} has no statistics of each step"
+        )
     if options.method == "protonet" and options.temperature is None:
         options.temperature = 10.0 if options.metric == "cosine" else 1.0
     if "hidden" in method.options and options.hidden is None:
         options.hidden = HIDDEN_FOR_WAVES if options.data == [SINUSOID] else HIDDEN_FOR_IMAGES
-    if options.tasks is None:
-        options.tasks = method.tasks
+    for name in ("tasks", "optimizer", "lr", "schedule"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(method, name))
 
 
 def _settle_backbone(options: argparse.Namespace) -> None:
     if options.backbone is None:
-        options.backbone = _MAML_OPTIONS["backbone"]
+        waves = options.data == [SINUSOID]
+        options.backbone = "mlp" if waves else METHODS[options.method].options["backbone"]
     for name in _OF_MLP if options.backbone == "conv4" else _OF_CONV4:
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: --backbone {options.backbone} has no use for it")

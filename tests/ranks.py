@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from metafast.backbones import Conv4
+from metafast.backbones import MLP, Conv4
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, ImageClasses, glyphs
-from metafast.learners import Outcome, ProtoNet
+from metafast.learners import MAMLPlusPlus, Outcome, ProtoNet
 from metafast.training import evaluate, fit
 from metafast.training.distributed import StepSum, join, leave, ranks
 from metafast.training.events import EventFiles
@@ -99,6 +99,14 @@ def episode_norm(folder: Path) -> Any:
     torch.manual_seed(0)
     net = ProtoNet(Conv4(1, 4), episode_statistics=True)
     return trained(net, sampler(), batch_norm="transductive")
+
+
+def norm_of_steps(folder: Path) -> Any:
+    """Running statistics that the learner itself keeps, of each inner step."""
+    torch.manual_seed(0)
+    model = MLP((256, 8, 4), batch_norm=True)
+    net = MAMLPlusPlus(model, 0.1, 2, multi_step=4, batch_norm="per_step")
+    return trained(net, sampler(tasks=5))
 
 
 def clipped(folder: Path) -> Any:
@@ -297,7 +305,8 @@ def main(folder: Path) -> None:
     trained(learner(), sampler(), steps=1)
     gc.freeze()
     for scenario in (
-        plain, unequal, varying, norm, clipped, float16, norm_of_single_tasks, episode_norm, evaluation,
+        plain, unequal, varying, norm, clipped, float16, norm_of_single_tasks, episode_norm, norm_of_steps,
+        evaluation,
     ):  # fmt: skip
         for count in (1, 2):
             in_group(scenario, folder, count)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
 
 from metafast.backbones import MLP, Conv4
 from metafast.data import Episodes, SinusoidSampler
-from metafast.learners import ANIL, MAML, R2D2, ProtoNet
+from metafast.learners import ANIL, MAML, R2D2, MetaSGD, ProtoNet
 from metafast.training import evaluate
 
 
@@ -83,12 +83,11 @@ def test_maml_is_the_plain_loop(regression, first_order, learn_lr, steps, activa
     episodes = waves() if regression else classes()
     widths = (1, 6, 4, 1) if regression else (5, 6, 4, 3)
     criterion = mse_loss if regression else cross_entropy
-    learner = MAML(
+    learner = (MetaSGD if learn_lr else MAML)(
         MLP(widths, activation, init_std=0.5),
         0.05,
         steps,
         loss="mse" if regression else "cross_entropy",
-        learn_lr=learn_lr,
         first_order=first_order,
     ).double()
     parameters = layers_of(learner)
@@ -146,7 +145,7 @@ def test_initial_rates():
     drawn = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        rates = torch.cat([r.detach().flatten() for r in MAML(MLP((1, 4, 1)), learn_lr=True).lr.values()])
+        rates = torch.cat([r.detach().flatten() for r in MetaSGD(MLP((1, 4, 1))).lr.values()])
         assert rates.unique().numel() == 1 and 0.005 <= float(rates[0]) <= 0.1
         drawn.add(float(rates[0]))
     assert len(drawn) == 20
@@ -162,7 +161,7 @@ def test_maml_of_any_model(learn_lr, recompute):
     """Conv4 with each task's statistics of support and of query rows, against a loop over the tasks."""
     torch.manual_seed(0)
     episodes = classes(shape=(1, 16, 16))
-    learner = MAML(conv_model(), 0.1, 2, learn_lr=learn_lr, recompute=recompute).double()
+    learner = (MetaSGD if learn_lr else MAML)(conv_model(), 0.1, 2, recompute=recompute).double()
     names = [name for name, _ in learner.model.named_parameters()]
     rates = [learner.lr[name] for name in names] if learn_lr else [0.1] * len(names)
     outputs, losses = [], []
@@ -183,7 +182,7 @@ def test_maml_of_any_model(learn_lr, recompute):
 def test_the_body_or_the_head_alone_adapts():
     torch.manual_seed(0)
     episodes = classes(shape=(1, 16, 16))
-    body = MAML(conv_model(), 0.1, 2, adapt=["0"], learn_lr=True).double()
+    body = MetaSGD(conv_model(), 0.1, 2, adapt=["0"]).double()
     assert set(body.lr) == {name for name, _ in body.model.named_parameters() if name.startswith("0.")}
     body(episodes).loss.backward()
     assert all(value.grad is not None for value in body.parameters())
@@ -289,7 +288,7 @@ def test_maml_computes_in_float32_under_autocast():
         (
             lambda: MAML(MLP((1, 1)), batch_norm="batch"),
             ValueError,
-            "batch_norm: expected transductive or running, got 'batch'",
+            "batch_norm: expected transductive or running or frozen, got 'batch'",
         ),
         (
             lambda: MAML(MLP((1, 1)), adapt=["head"]),
@@ -347,8 +346,8 @@ def test_wrong_arguments_are_named(make, error, message):
 
 
 def test_representations_name_the_settings():
-    text = repr(MAML(MLP((1, 4, 1)), learn_lr=True, lr=0.02, loss="mse"))
-    assert "lr=0.02, steps=1, loss='mse', learn_lr=True, first_order=False, batch_norm='transductive'" in text
+    text = repr(MAML(MLP((1, 4, 1)), lr=0.02, loss="mse"))
+    assert "lr=0.02, steps=1, loss='mse', first_order=False, batch_norm='transductive'" in text
     assert "lr=0.1, steps=5, learn_lr=False, first_order=True" in repr(
         ANIL(nn.Identity(), 4, 3, first_order=True)
     )

@@ -61,6 +61,7 @@ def assert_same_weights(one: Results, other: Results) -> None:
         ("clipped", 2),
         ("norm_of_single_tasks", 2),
         ("episode_norm", 2),
+        ("norm_of_steps", 2),
         ("other_weights", 2),
     ],
 )

@@ -40,6 +40,10 @@ SMALL = {
         "0.3",
     ],
     "metasgd": ["--hidden", "6", "--train-ways", "4", "--tasks", "2", "--first-order"],
+    "boil": ["--channels", "4", "--train-ways", "4", "--tasks", "2"],
+    "maml++": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--inner-batch-norm", "per_step"],
+    "reptile": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--inner-batch", "3"],
+    "protomaml": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--recompute"],
 }
 
 
@@ -88,6 +92,7 @@ def test_images_from_training_to_evaluation(method, tmp_path, capsys):
             f"--ways: {method} has a head for 4 classes from training (--train-ways), so all episodes are 4"
             in error
         )
+    if "inner_steps" in own:
         assert cli.main([*arguments, "--test-steps", "0", "2"]) == 0
         printed = capsys.readouterr().out
         assert "test after 0 inner steps " in printed and "test after 2 inner steps " in printed
@@ -96,7 +101,7 @@ def test_images_from_training_to_evaluation(method, tmp_path, capsys):
         assert f"--test-steps: {method} does not adapt in steps; leave it out" in error
 
 
-@pytest.mark.parametrize("method", ["maml", "metasgd"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.waves])
 def test_sine_waves_from_training_to_evaluation(method, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(pictures, "have_matplotlib", lambda: True)
@@ -108,6 +113,8 @@ def test_sine_waves_from_training_to_evaluation(method, tmp_path, capsys, monkey
         "--frequency",
         "0.8",
         "1.2",
+        "--schedule",
+        "step",
         "--test-steps",
         "0",
         "1",
@@ -127,7 +134,10 @@ def test_sine_waves_from_training_to_evaluation(method, tmp_path, capsys, monkey
         (0, 5, 20), (1, 5, 20), (3, 5, 20),
     ]  # fmt: skip
     assert all(test["mse"] > 0 and test["interval_95"] > 0 for test in result["tests"])
-    assert result["options"]["tasks"] == 25 and result["settings"]["frequency"] == [0.8, 1.2]
+    assert result["options"]["tasks"] == METHODS[method].tasks and result["settings"]["frequency"] == [
+        0.8,
+        1.2,
+    ]
     assert result["best_validation_loss"] > 0 and result["best_validation_accuracy"] is None
     for name in ("learning-curve.png", "adaptation.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG") and str(run / name) in printed
@@ -146,7 +156,8 @@ def test_sine_waves_from_training_to_evaluation(method, tmp_path, capsys, monkey
     assert json.loads(record.read_text())["tests"] == result["tests"]
     assert cli.main([*evaluation, "--shots", "5", "10"]) == 0
     tests = json.loads(record.read_text())["tests"]
-    assert [(test["shots"], test["inner_steps"]) for test in tests] == [(5, 1), (10, 1)]
+    usual = METHODS[method].options["inner_steps"]
+    assert [(test["shots"], test["inner_steps"]) for test in tests] == [(5, usual), (10, usual)]
     assert cli.main([*train, "--steps", "4", "--resume"]) == 0
     assert load_checkpoint(run / "checkpoint-last.pt")["step"] == 4
 
@@ -202,15 +213,15 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
         ),
         (
             "--method protonet --inner-lr 0.1",
-            "--inner-lr is an option of anil, maml, metasgd; protonet has no use",
+            "--inner-lr is an option of anil, maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
         ),
         (
             "--method r2d2 --inner-steps 3",
-            "--inner-steps is an option of anil, maml, metasgd; r2d2 has no use",
+            "--inner-steps is an option of anil, maml, metasgd, boil, maml++, reptile, protomaml; r2d2 has no use",
         ),
         (
             "--method protonet --backbone conv4",
-            "--backbone is an option of maml, metasgd; protonet has no use for it",
+            "--backbone is an option of maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
         ),
         ("--method maml --channels 8", "--channels: --backbone mlp has no use for it"),
         ("--method maml --backbone conv4 --hidden 8", "--hidden: --backbone conv4 has no use for it"),
@@ -222,12 +233,20 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
             "--method maml --backbone conv4 --data sinusoid",
             "--backbone conv4 is for images, and sinusoid has none",
         ),
+        (
+            "--method maml --inner-batch-norm per_step",
+            "--inner-batch-norm per_step is of maml++; maml has no statistics of each step",
+        ),
+        (
+            "--method reptile --first-order",
+            "--first-order is an option of anil, maml, metasgd, boil, maml++, protomaml; reptile has no use",
+        ),
         ("--method maml --learn-inner-lr", "--learn-inner-lr is an option of anil; maml has no use for it"),
         ("--method anil --ways 5 7 --train-ways 5", "--ways: anil has a head for 5 classes from training"),
         ("--method r2d2 --test-steps 3", "--test-steps: r2d2 does not adapt in steps; leave it out"),
         (
             "--data sinusoid",
-            "--data sinusoid is regression, which needs --method maml or metasgd, got protonet",
+            "--data sinusoid is regression, which needs --method maml or metasgd or boil or maml++ or reptile, got",
         ),
         (
             "--data sinusoid glyphs --method maml",
@@ -295,7 +314,7 @@ def test_maml_of_a_backbone(options, text, tmp_path, capsys):
     given = [*options.split(), "--tasks", "2", "--train-ways", "4"]
     assert cli.main([*GLYPHS, *given, "--out", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert text in printed and "each episode's support or query statistics in BatchNorm" in printed
+    assert text in printed and "transductive BatchNorm in the inner loop" in printed
     assert cli.main(["evaluate", "--checkpoint", str(run), "--episodes", "4", "--test-steps", "0", "3"]) == 0
     printed = capsys.readouterr().out
     assert "after 3 inner steps " in printed and "transductive BatchNorm" in printed

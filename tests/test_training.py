@@ -144,6 +144,8 @@ class TestFit:
             ({"decay_every": 4, "decay": 0.1}, [1, 1, 1, 1, 0.1, 0.1]),
             ({"schedule": "constant"}, [1] * 6),
             ({"schedule": "cosine"}, [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]),
+            ({"schedule": "linear"}, [1 - step / 6 for step in range(6)]),
+            ({"schedule": "linear", "warm_up": 2}, [0.5, 1, 1, 0.75, 0.5, 0.25]),
             ({"schedule": "constant", "warm_up": 4}, [0.25, 0.5, 0.75, 1, 1, 1]),
             ({"decay_every": 3, "warm_up": 4}, [0.25, 0.5, 0.75, 0.5, 0.5, 0.5]),
             (
@@ -395,7 +397,11 @@ class TestFit:
             ({"warm_up": -1}, "warm_up: expected an int from 0, got -1"),
             (
                 {"warm_up": 2, "schedule": "cosine"},
-                "warm_up: expected fewer than the 2 steps of the cosine, got 2",
+                "warm_up: expected fewer than the 2 steps of schedule 'cosine', got 2",
+            ),
+            (
+                {"warm_up": 3, "schedule": "linear"},
+                "warm_up: expected fewer than the 2 steps of schedule 'linear', got 3",
             ),
             ({"clip_norm": 0.0}, "clip_norm: expected a positive number or None, got 0.0"),
             ({"patience": 0}, "patience: expected a positive int, got 0"),
@@ -405,8 +411,8 @@ class TestFit:
                 "precision: expected 'float32', 'bfloat16' or 'float16', got 'double'",
             ),
             (
-                {"schedule": "linear"},
-                "schedule: expected step, cosine, constant or a scheduler, got 'linear'",
+                {"schedule": "square"},
+                "schedule: expected step, cosine, linear, constant or a scheduler, got 'square'",
             ),
             ({"resume": True}, "out: resume needs the folder of the run"),
             ({"resume": True, "overwrite": True}, "resume, overwrite: expected at most one of them"),

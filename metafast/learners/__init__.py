@@ -1,9 +1,25 @@
 """Few-shot methods, each a ``nn.Module`` with ``learner(episodes) -> Outcome(loss, logits)``."""
 
 from metafast.learners.anil import ANIL
+from metafast.learners.boil import BOIL
 from metafast.learners.maml import MAML
+from metafast.learners.maml_plus_plus import MAMLPlusPlus
+from metafast.learners.metasgd import MetaSGD
 from metafast.learners.outcome import Outcome
+from metafast.learners.proto_maml import ProtoMAML
 from metafast.learners.protonet import ProtoNet
 from metafast.learners.r2d2 import R2D2
+from metafast.learners.reptile import Reptile
 
-__all__ = ["ANIL", "MAML", "R2D2", "Outcome", "ProtoNet"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "MAML",
+    "R2D2",
+    "MAMLPlusPlus",
+    "MetaSGD",
+    "Outcome",
+    "ProtoMAML",
+    "ProtoNet",
+    "Reptile",
+]

@@ -1,8 +1,8 @@
-"""Model-agnostic meta-learning of any module, and Meta-SGD."""
+"""Model-agnostic meta-learning of any module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,18 +13,15 @@ from metafast import _check
 from metafast._inner_loss import LOSSES
 from metafast._stateless import BATCH_NORM_POLICIES
 from metafast.data import Episodes
-from metafast.inner_loop import adapting, inner_loop
+from metafast.inner_loop import Adapted, adapting, inner_loop
 from metafast.learners._base import classified, require_ways
 from metafast.learners.outcome import Outcome
-
-#: Where Meta-SGD draws the initial rate from.
-INITIAL_RATES = (0.005, 0.1)
 
 
 class MAML(nn.Module):
     r"""A model whose initial parameters adapt to a task in a few steps of gradient descent on its support rows.
 
-    .. math:: \theta_{t+1} = \theta_t - \alpha \circ \nabla E_{support}(\theta_t), \qquad
+    .. math:: \theta_{t+1} = \theta_t - \alpha \nabla E_{support}(\theta_t), \qquad
         loss = mean_{tasks} E_{query}(\theta_K)
 
     A call is one :func:`metafast.inner_loop`, for all tasks: an MLP is a fused operator, any other model is called with
@@ -36,21 +33,20 @@ class MAML(nn.Module):
     its parameters' dtype, under autocast too.
 
     Sources: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (2017);
-    ``first_order``: its section 5.2; ``learn_lr``: Li, Zhou, Chen, Li, "Meta-SGD" (2017); ``adapt``, the body alone:
-    Oh, Yoo, Kim, Yun, "BOIL: Towards Representation Change for Few-shot Learning" (2021).
+    ``first_order``: its section 5.2.
 
     Args:
         model: from rows ``[n, ...]`` to outputs ``[n, out]``, such as :class:`metafast.MLP`.
-        lr: the rate. None: 0.01, and with ``learn_lr`` one draw from 0.005 to 0.1 for all of them, as in Meta-SGD.
+        lr: the rate.
         steps: K, 0 or more.
         loss: ``"cross_entropy"`` or ``"mse"``, of support and query rows.
         ways: classes of every episode, the outputs of the model; None: the outputs of its last linear layer.
-        learn_lr: Meta-SGD: a rate for each parameter, trained with them and shared by the steps; it may change sign.
         first_order: take the gradients of the steps for constants.
-        adapt: names of the parameters that adapt, or of the submodules whose parameters do; None: all.
-        batch_norm: what BatchNorm layers normalise by, in training and evaluation alike: ``"transductive"``, the
-            support rows or the query rows of a task, or ``"running"``, their running statistics, which stay as they
-            are. Evaluate with the same.
+        adapt: names of the parameters that adapt, or of the submodules whose parameters do; None: all that require
+            gradients.
+        batch_norm: what BatchNorm layers normalise by: ``"transductive"``, the support rows or the query rows of a
+            task, in training and evaluation alike; ``"running"``, the same in training, where running statistics
+            follow, and those in evaluation; ``"frozen"``, running statistics, which stay as they are.
         recompute: see :func:`metafast.inner_loop`; less memory for more time.
 
     Raises:
@@ -65,12 +61,11 @@ class MAML(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | None = None,
+        lr: float = 0.01,
         steps: int = 1,
         *,
         loss: str = "cross_entropy",
         ways: int | None = None,
-        learn_lr: bool = False,
         first_order: bool = False,
         adapt: Iterable[str] | None = None,
         batch_norm: str = "transductive",
@@ -82,9 +77,6 @@ class MAML(nn.Module):
         _check.choice(loss, "loss", LOSSES)
         _check.choice(batch_norm, "batch_norm", BATCH_NORM_POLICIES)
         _check.count(steps, "steps")
-        if lr is None:
-            low, high = INITIAL_RATES
-            lr = low + (high - low) * float(torch.rand(())) if learn_lr else 0.01
         _check.positive(lr, "lr")
         self.model = model
         self.steps = steps
@@ -93,23 +85,16 @@ class MAML(nn.Module):
         self.adapt = adapting(model, adapt)
         self.batch_norm = batch_norm
         self.recompute = recompute
-        self._lr = float(lr)
+        self.initial_lr = float(lr)
         self.ways = None if loss == "mse" else _ways(model, ways)
-        parameters = dict(model.named_parameters())
-        self.rates = (
-            nn.ParameterList(nn.Parameter(torch.full_like(parameters[name], lr)) for name in self.adapt)
-            if learn_lr
-            else None
-        )
 
     @property
-    def lr(self) -> float | Mapping[str, Tensor]:
-        """The rate: a number, or those of the parameters that adapt where they are learnt."""
-        if self.rates is None:
-            return self._lr
-        return dict(zip(self.adapt, self.rates, strict=True))
+    def lr(self) -> Any:
+        """The rates, as :func:`metafast.inner_loop` takes them."""
+        return self.initial_lr
 
-    def forward(self, episodes: Episodes) -> Outcome:
+    def adapted(self, episodes: Episodes, **options: Any) -> Adapted:
+        """The model after ``steps`` on the support rows of each task; ``options`` of :func:`metafast.inner_loop`."""
         regression = self.loss == "mse"
         if regression and not episodes.regression:
             raise ValueError(
@@ -117,39 +102,48 @@ class MAML(nn.Module):
             )
         if self.ways is not None:
             require_ways(episodes, self.ways)
-        targets, query_y = episodes.support_y, episodes.query_y
-        if regression:
-            targets, query_y = targets.flatten(2), query_y.flatten(2)
+        given = {
+            "loss": self.loss,
+            "adapt": self.adapt,
+            "first_order": self.first_order,
+            "batch_norm": self.batch_norm,
+            "recompute": self.recompute,
+        }
+        targets = episodes.support_y.flatten(2) if regression else episodes.support_y
         with torch.autocast(episodes.device.type, enabled=False):
-            adapted = inner_loop(
-                self.model,
-                episodes.support_x,
-                targets,
-                self.lr,
-                self.steps,
-                loss=self.loss,
-                adapt=self.adapt,
-                first_order=self.first_order,
-                batch_norm=self.batch_norm,
-                recompute=self.recompute,
-            )
-            outputs = adapted(episodes.query_x)
-            return (
-                Outcome(mse_loss(outputs, query_y), outputs) if regression else classified(outputs, query_y)
+            return inner_loop(
+                self.model, episodes.support_x, targets, self.lr, self.steps, **{**given, **options}
             )
 
+    def outcome(self, adapted: Adapted, episodes: Episodes) -> Outcome:
+        """The mean loss of the query rows of all tasks, and their outputs."""
+        with torch.autocast(episodes.device.type, enabled=False):
+            outputs: Tensor = adapted(episodes.query_x)
+            if self.loss == "mse":
+                return Outcome(mse_loss(outputs, episodes.query_y.flatten(2)), outputs)
+            return classified(outputs, episodes.query_y)
+
+    def forward(self, episodes: Episodes) -> Outcome:
+        return self.outcome(self.adapted(episodes), episodes)
+
     def extra_repr(self) -> str:
-        options: dict[str, Any] = {"lr": self._lr, "steps": self.steps, "loss": self.loss}
-        options |= {"learn_lr": self.rates is not None, "first_order": self.first_order}
-        options |= {"batch_norm": self.batch_norm, "recompute": self.recompute}
+        options: dict[str, Any] = {"lr": self.initial_lr, "steps": self.steps, "loss": self.loss}
+        options |= {"first_order": self.first_order, "batch_norm": self.batch_norm}
+        options |= {"recompute": self.recompute}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def last_linear(model: nn.Module) -> tuple[str, nn.Linear] | None:
+    """The model's last linear layer with its name, if it has one."""
+    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return linear[-1] if linear else None
 
 
 def _ways(model: nn.Module, ways: int | None) -> int:
     if ways is None:
-        linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-        if not linear:
+        head = last_linear(model)
+        if head is None:
             raise ValueError("ways: expected a number, since the model has no linear layer to tell it")
-        return linear[-1].out_features
+        return head[1].out_features
     _check.sizes(ways=ways)
     return ways

@@ -410,6 +410,9 @@ def settled_batch_norm(learner: nn.Module, batch_norm: str | None) -> str:
         ValueError: a mode that is unknown, or that the learner cannot be evaluated in.
     """
     own: str | None = getattr(learner, "batch_norm", None)
+    if own not in (None, "transductive"):
+        # Other policies of learners are about which running statistics there are.
+        own = "running"
     if batch_norm is None:
         batch_norm = own or "running"
     if batch_norm not in BATCH_NORM_MODES:

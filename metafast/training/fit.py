@@ -58,7 +58,7 @@ BEST = "checkpoint-best.pt"
 METRICS = "metrics.csv"
 RESULT = "result.json"
 EVENTS = "tensorboard"
-SCHEDULES = ("step", "cosine", "constant")
+SCHEDULES = ("step", "cosine", "linear", "constant")
 #: Those that need no scaling of the loss.
 PRECISIONS = ("float32", "bfloat16")
 SCALED_PRECISIONS = ("float16",)
@@ -147,11 +147,11 @@ def fit(
         batch_norm: ``"running"`` or ``"transductive"``, for validation (see :func:`evaluate`).
         optimizer: Adam with a rate of 1e-3 if None, as in the paper on prototypical networks.
         schedule: of the learning rate: ``"step"`` multiplies it by ``decay`` every ``decay_every`` steps,
-            ``"cosine"`` lets it fall to 0 at the end of the last step, ``"constant"`` leaves it, or a scheduler
-            of ``optimizer``, stepped after every step.
+            ``"cosine"`` and ``"linear"`` let it fall to 0 at the end of the last step, ``"constant"`` leaves it, or
+            a scheduler of ``optimizer``, stepped after every step.
         decay_every, decay: for the schedule ``"step"``.
         warm_up: number of first steps, in which the rate rises linearly, ``(step + 1) / warm_up`` of the
-            schedule's one; the cosine begins after them.
+            schedule's one; the cosine and the line begin after them.
         clip_norm: a gradient (of all the optimiser's parameters together) whose Euclidean norm is greater is
             scaled down to this norm.
         precision: ``"bfloat16"`` and ``"float16"`` run the learner under autocast; distances, losses,
@@ -258,8 +258,10 @@ class _Course:
     def __init__(self, schedule: str, steps: int, decay_every: int, decay: float, warm_up: int) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected {', '.join(SCHEDULES)} or a scheduler, got {schedule!r}")
-        if schedule == "cosine" and warm_up >= steps:
-            raise ValueError(f"warm_up: expected fewer than the {steps} steps of the cosine, got {warm_up}")
+        if schedule in ("cosine", "linear") and warm_up >= steps:
+            raise ValueError(
+                f"warm_up: expected fewer than the {steps} steps of schedule {schedule!r}, got {warm_up}"
+            )
         self.schedule = schedule
         self.steps = steps
         self.decay_every = decay_every
@@ -270,10 +272,10 @@ class _Course:
         factor = min(1.0, (step + 1) / self.warm_up) if self.warm_up else 1.0
         if self.schedule == "step":
             factor *= self.decay ** (step // self.decay_every)
-        elif self.schedule == "cosine" and step > self.warm_up:
+        elif self.schedule in ("cosine", "linear") and step > self.warm_up:
             # The rate after the last step is asked for as well.
             part = min(1.0, (step - self.warm_up) / (self.steps - self.warm_up))
-            factor *= (1 + math.cos(math.pi * part)) / 2
+            factor *= (1 + math.cos(math.pi * part)) / 2 if self.schedule == "cosine" else 1 - part
         return factor
 
     def settings(self) -> dict[str, Any]:
@@ -281,7 +283,7 @@ class _Course:
         found: dict[str, Any] = {"schedule": self.schedule, "warm_up": self.warm_up}
         if self.schedule == "step":
             found |= {"decay_every": self.decay_every, "decay": self.decay}
-        elif self.schedule == "cosine":
+        elif self.schedule in ("cosine", "linear"):
             found["steps"] = self.steps
         return found
 
@@ -318,7 +320,11 @@ class _Run:
         # An episode, whose own statistics they may be, is on one rank.
         shared = sync_batch_norm and not getattr(learner, "episode_statistics", False)
         self.synchronised_norms = norms if shared else []
-        self.step_sum = StepSum(learner, self.ranks, [] if shared else _running_statistics(norms))
+        following = [] if shared else _running_statistics(norms)
+        of_learner: Any = getattr(learner, "running_statistics", None)
+        if of_learner is not None:
+            following += of_learner()
+        self.step_sum = StepSum(learner, self.ranks, following)
         # Buffers that hold infinity on purpose, such as attention masks, are no broken weights.
         self.masks = {
             n for n, b in learner.named_buffers() if b.is_floating_point() and not bool(b.isfinite().all())
