@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from metafast import commands, doctor
+from metafast._stateless import BATCH_NORM_POLICIES
 from metafast.config import UsageError, nearest, option_names, read_config
 from metafast.inner_loop import OPTIMIZERS as INNER_OPTIMIZERS
 from metafast.learners.protonet import METRICS
@@ -80,6 +81,8 @@ BENCH_EXAMPLES = """examples:
 DOCTOR_EXAMPLES = """examples:
   metafast doctor
       after an installation, or when something is slow; exit code 1 says that metafast does not work here
+  metafast doctor --model package.models:Net --input 3 84 84
+      how an inner loop adapts a model, and which operators keep it from exact second-order gradients
 """
 
 
@@ -524,7 +527,32 @@ def _bench_parser() -> argparse.ArgumentParser:
 
 
 def _doctor_parser() -> argparse.ArgumentParser:
-    return _parser("doctor", "", (doctor.__doc__ or "").partition(": ")[2], DOCTOR_EXAMPLES)
+    text = (
+        "What metafast runs on here, which kernels it has, and what is wrong, in words; with --model how an\n"
+        "inner loop adapts a model, and what keeps it from exact second-order gradients."
+    )
+    parser = _parser("doctor", "[options]", text, DOCTOR_EXAMPLES)
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:NAME",
+        help="a class or function without arguments that gives a model, or a model",
+    )
+    parser.add_argument(
+        "--input",
+        type=_positive_int,
+        nargs="+",
+        default=[1, 28, 28],
+        metavar="N",
+        help="shape of a row of its input",
+    )
+    parser.add_argument("--rows", type=_positive_int, default=5, metavar="N", help="rows of a call")
+    parser.add_argument(
+        "--batch-norm",
+        choices=BATCH_NORM_POLICIES,
+        default="transductive",
+        help="what BatchNorm normalises by in the inner loop",
+    )
+    return parser
 
 
 def _add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
@@ -639,6 +667,6 @@ COMMANDS = {
     "doctor": _Command(
         "show what is installed, what runs fast and what is wrong",
         _doctor_parser,
-        lambda options, arguments: doctor.main([]),
+        lambda options, arguments: doctor.main(options),
     ),
 }

@@ -1,8 +1,10 @@
-"""``metafast doctor``: what metafast runs on here, which kernels it has, and what is wrong, in words."""
+"""``metafast doctor``: what metafast runs on here, which kernels it has, and what is wrong, in words; with ``--model``
+how an inner loop adapts a model, and what keeps it from exact second-order gradients."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -10,13 +12,17 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
-from metafast import distance, prototype, reference
+from metafast import distance, prototype, reference, second_order
 from metafast._library import keep_pages, operator, vector_bits
+from metafast.config import UsageError
+from metafast.inner_loop import inner_loop
 
 OLDEST_TORCH = (2, 11)
 #: What the packages of an extra are for.
@@ -250,9 +256,66 @@ def report() -> str:
     return describe(examine())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if a problem keeps metafast from working, else 0."""
-    argparse.ArgumentParser(prog="metafast doctor", description=__doc__).parse_args(argv)
+def load_model(place: str) -> nn.Module:
+    """The model of ``module:name``, where the name is of a class or a function without arguments, or of a model.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path, _, name = place.partition(":")
+    if not path or not name:
+        raise UsageError(f"--model: expected module:name, such as package.models:Net, got {place!r}")
+    # As of `python -m`, the folder one is in comes first.
+    sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(path)
+        for part in name.split("."):
+            found = getattr(found, part)
+        model = found if isinstance(found, nn.Module) else found()
+    except (ImportError, AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--model: {place} does not give a model: {reason}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--model: expected a torch.nn.Module from {place}, got {type(model).__name__}")
+    return model
+
+
+def examine_named_model(options: argparse.Namespace) -> second_order.Report:
+    """What :func:`metafast.second_order.examine_model` finds on random rows."""
+    torch.manual_seed(0)
+    model = load_model(options.model)
+    rows = torch.randn(options.rows, *options.input)
+    try:
+        return second_order.examine_model(inner_loop, model, rows, batch_norm=options.batch_norm)
+    except (RuntimeError, ValueError) as error:
+        shape = " ".join(map(str, options.input))
+        raise UsageError(
+            f"--input {shape}: {options.model} cannot be called with such rows: {error}"
+        ) from error
+
+
+def describe_model(name: str, found: second_order.Report) -> str:
+    """The report on a model."""
+    ways = {
+        "fused": "one fused operator runs all steps of all tasks",
+        "batched": "every layer is called with the weights of all tasks at once",
+        "loop": "the tasks are taken one after the other, which is slow",
+    }
+    lines = [f"model {name}", f"  inner loop     {found.path}: {ways[found.path]}"]
+    lines += [f"  note           {note}" for note in found.notes]
+    lines += ["problems"]
+    lines += [f"  {'ERROR' if each.fatal else 'note'}: {each}" for each in found.findings] or ["  none found"]
+    return "\n".join(lines)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the report; 1 if a problem keeps metafast, or second order of the model, from working, else 0."""
+    if options.model is not None:
+        report = examine_named_model(options)
+        print(describe_model(options.model, report))
+        return int(any(finding.fatal for finding in report.findings))
     found = examine()
     print(describe(found))
     return int(any(problem.fatal for problem in problems(found)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -29,6 +30,7 @@ from metafast.backbones import move_running_statistics
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
 from metafast.mlp import adapt_mlp, adapted_mlp
+from metafast.second_order import explained, go_backward, known
 
 OPTIMIZERS = ("sgd", "adam")
 
@@ -115,6 +117,8 @@ def inner_loop(
     Raises:
         TypeError: wrong kind of an argument.
         ValueError: unknown names, sizes that do not fit, numbers out of range.
+        SecondOrderError: an operator of the module has no second derivative; it is named. The module's first loop that
+            records one goes backward once to find out.
 
     Example:
         >>> line = torch.nn.Linear(1, 1, bias=False)
@@ -156,6 +160,12 @@ def inner_loop(
     constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
     trace, begun = [stacked], 0 if state is None else state.steps
     slots: Any = {} if state is None else state.slots
+    if recompute and constant < steps and not torch.compiler.is_compiling() and module not in known:
+        # A step that is made again hides its operators.
+        values, *_ = _Step(function, rule, begun, shared, False)(
+            start if shared else stacked, slots, _rate_of(rates, 0), function.fixed(0), support_x, support_y
+        )
+        _require_second_order(module, support_x, values, [start, fixed, by_step, rates, support_x])
     for t in range(steps):
         # All tasks share the first step's weights, which makes it cheaper.
         alike = shared and t == 0
@@ -174,7 +184,29 @@ def inner_loop(
             trace.clear()
         trace.append(values)
     state = OptimizerState(begun + steps, slots)
+    if constant < steps:
+        leaves = [start, fixed, by_step, rates, support_x]
+        _require_second_order(module, support_x, trace[-1], leaves)
     return _Stacked(function, trace, steps, state, shared=shared and steps == 0)
+
+
+def _require_second_order(module: nn.Module, support_x: Tensor, ends: Named, leaves: list[Any]) -> None:
+    """Go backward through a module's first loop, so that an operator that cannot is known by its name."""
+    if torch.compiler.is_compiling() or module in known or not torch.is_grad_enabled():
+        return
+    # Under a transform of torch.func the loop's graph is not the one at hand.
+    if peek_interpreter_stack() is not None:
+        return
+    inputs = [v for v in tree_flatten(leaves)[0] if isinstance(v, Tensor) and v.requires_grad]
+    outputs = [value for value in ends.values() if value.requires_grad]
+    if not inputs or not outputs:
+        return
+    known.add(module)
+    try:
+        go_backward(outputs, inputs)
+    except NotImplementedError as error:
+        known.discard(module)
+        raise explained(inner_loop, module, support_x[0], error) from error
 
 
 class OptimizerState(NamedTuple):
