@@ -8,10 +8,12 @@ from metafast.distance import cdist, pairwise_distance
 from metafast.inner_loop import Adapted, inner_loop
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
+from metafast.memory import predicted_memory
 from metafast.mlp import adapt_mlp, adapted_mlp
 from metafast.norm_relu_pool import norm_relu_pool
 from metafast.prototype import prototypes, prototypical_loss
 from metafast.ridge import ridge_logits
+from metafast.second_order import SecondOrderError
 from metafast.training import analyze, evaluate, fit
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "FixedEpisodes",
+    "SecondOrderError",
     "adapt_linear",
     "adapt_mlp",
     "adapted_logits",
@@ -36,6 +39,7 @@ __all__ = [
     "learners",
     "norm_relu_pool",
     "pairwise_distance",
+    "predicted_memory",
     "prototypes",
     "prototypical_loss",
     "reference",

@@ -406,6 +406,18 @@ def _add_course_options(parser: argparse.ArgumentParser) -> None:
         help="largest norm of the gradient; a longer one is scaled down",
     )
     course.add_argument(
+        "--tasks-at-once",
+        type=_positive_int,
+        metavar="N",
+        help="go through so many tasks of a step at a time, for less memory",
+    )
+    course.add_argument(
+        "--memory",
+        type=_positive_float,
+        metavar="GIB",
+        help="as many tasks at a time as a step is predicted to need so much memory for",
+    )
+    course.add_argument(
         "--precision",
         choices=(*PRECISIONS, *SCALED_PRECISIONS),
         default="float32",

@@ -19,7 +19,8 @@ from torch import nn
 import metafast
 from metafast._library import keep_pages
 from metafast.config import UsageError
-from metafast.data import Classes, EpisodeSampler, FixedEpisodes, ImageClasses, SinusoidSampler
+from metafast.data import Classes, Episodes, EpisodeSampler, FixedEpisodes, ImageClasses, SinusoidSampler
+from metafast.memory import predicted_memory
 from metafast.methods import METHODS, OPTIMIZERS, OPTIONS, settle_options
 from metafast.sources import (
     ALL,
@@ -82,6 +83,8 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     learner = METHODS[options.method].make(settings).to(device)
     _settle_batch_norm(options, learner)
     say(_introduction(options, data, device))
+    if options.memory is not None:
+        _fit_into_memory(options, learner, data.train, device)
     if data.validation is None:
         say("no validation: trainval leaves no classes for it, so the weights of the last step are tested")
     try:
@@ -100,6 +103,7 @@ def train(options: Options, arguments: Sequence[str]) -> int:
             decay=options.decay,
             warm_up=options.warm_up,
             clip_norm=options.clip_norm,
+            tasks_at_once=options.tasks_at_once,
             precision=options.precision,
             sync_batch_norm=options.sync_batch_norm,
             out=out,
@@ -154,6 +158,8 @@ def _check_train_options(options: Options) -> None:
         raise UsageError(
             "--split-seed is for --data image-folder; the other data sets have splits of their own"
         )
+    if options.memory is not None and options.tasks_at_once is not None:
+        raise UsageError("--memory finds the number of --tasks-at-once; give one of them")
     _check_folder("--record", options.record)
     method = METHODS[options.method]
     if SINUSOID in options.data:
@@ -520,6 +526,19 @@ def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.devi
         raise UsageError(f"--checkpoint: {path} was not written by metafast train ({error})") from error
     _settle_batch_norm(options, learner)
     return path, checkpoint, learner, device
+
+
+def _fit_into_memory(
+    options: Options, learner: nn.Module, train: Callable[[int], Episodes], device: torch.device
+) -> None:
+    """Choose how many tasks go through a step at a time."""
+    learner.train()
+    memory = predicted_memory(learner, train(0)[:2].to(device))
+    options.tasks_at_once = min(memory.tasks(int(options.memory * 2**30)), options.tasks)
+    say(
+        f"{options.tasks_at_once} of {options.tasks} tasks at a time: a step is predicted to need "
+        f"{memory.peak(options.tasks_at_once) / 2**20:.0f} MiB, {memory.peak(options.tasks) / 2**20:.0f} with all"
+    )
 
 
 def _settle_batch_norm(options: Options, learner: nn.Module) -> None:

@@ -570,11 +570,13 @@ def _recomputed(step: _Step, state: tuple[Any, ...]) -> Any:
         results[:] = [shape]
         return tuple(flat)
 
-    flat = _Recomputed.apply(run, *leaves)
+    flat = Recomputed.apply(run, *leaves)
     return tree_unflatten(list(flat), results[0])
 
 
-class _Recomputed(torch.autograd.Function):
+class Recomputed(torch.autograd.Function):
+    """A function of tensors whose backward pass computes it once more."""
+
     @staticmethod
     def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *leaves: Any) -> tuple[Tensor, ...]:
         ctx.run = run
@@ -587,16 +589,12 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        leaves, again = list(ctx.others), torch.is_grad_enabled()
-        for k, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            # Of a derivative of the derivative the arguments' own history is a part.
-            leaves[k] = tensor if again else tensor.detach().requires_grad_(tensor.requires_grad)
+        again = torch.is_grad_enabled()
+        # Of a derivative of the derivative the arguments' own history is a part.
+        leaves, outputs = replayed(ctx, history=again)
         wanted = [k for k in ctx.tensors if ctx.needs_input_grad[k + 1]]
-        with torch.enable_grad(), torch.random.fork_rng(ctx.devices):
-            torch.set_rng_state(ctx.random[0])
-            for device, state in zip(ctx.devices, ctx.random[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
-            pairs = [(o, g) for o, g in zip(ctx.run(*leaves), grads, strict=True) if o.requires_grad]
+        with torch.enable_grad():
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
                 [leaves[k] for k in wanted],
@@ -608,6 +606,18 @@ class _Recomputed(torch.autograd.Function):
         for k, gradient in zip(wanted, found, strict=True):
             out[k + 1] = gradient
         return tuple(out)
+
+
+def replayed(node: Any, history: bool) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """Arguments, with or without their own history, and results of what a node of :class:`Recomputed` computes."""
+    leaves = list(node.others)
+    for k, tensor in zip(node.tensors, node.saved_tensors, strict=True):
+        leaves[k] = tensor if history else tensor.detach().requires_grad_(tensor.requires_grad)
+    with torch.enable_grad(), torch.random.fork_rng(node.devices):
+        torch.set_rng_state(node.random[0])
+        for device, state in zip(node.devices, node.random[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        return leaves, node.run(*leaves)
 
 
 def _check_arguments(

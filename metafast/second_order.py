@@ -129,7 +129,7 @@ def go_backward(ends: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tenso
         NotImplementedError: an operator has none. ``torch.autograd.grad`` by itself passes over those of
             ``once_differentiable``.
     """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(ends)):
+    if any(node.name() == "torch::autograd::Error" for node in nodes_of(ends)):
         raise NotImplementedError("a torch.autograd.Function is marked as once_differentiable")
     slopes = [torch.ones_like(value) for value in ends]
     return torch.autograd.grad(ends, inputs, slopes, retain_graph=True, allow_unused=True)
@@ -343,12 +343,12 @@ def _functions(module: nn.Module, call: _Call) -> set[str]:
     if unit.rows is None:
         return set()
     with torch.random.fork_rng(), torch.enable_grad():
-        nodes = _nodes([unit(unit.rows)])
+        nodes = nodes_of([unit(unit.rows)])
     own = [node for node in nodes if isinstance(node, torch._C._FunctionBase)]
     return {type(node).__name__.removesuffix("Backward") for node in own}
 
 
-def _nodes(ends: Iterable[Tensor]) -> set[Any]:
+def nodes_of(ends: Iterable[Tensor]) -> set[Any]:
     """Of the graph that leads to these tensors."""
     todo: list[Any] = [value.grad_fn for value in ends]
     seen: set[Any] = set()

@@ -21,18 +21,19 @@ SMALLEST_SHARE = 0.03
 class MAMLPlusPlus(MAML):
     r"""MAML with the changes that made it stable, each of which can be switched off.
 
-    - **Multi-step loss**: for the first ``multi_step`` training calls the loss is
+    - **Multi-step loss**: for the first ``multi_step`` steps of training the loss is
       :math:`\sum_t v_t E_{query}(\theta_t)`, t = 1 ... K. The weights are 1 / K at first; all but the last fall in
-      proportion to the calls, to 0.03 / K at least, and the last takes what they lose. Then the last step counts alone.
+      proportion to the steps, to 0.03 / K at least, and the last takes what they lose. Then the last step counts alone.
     - **Rates** of each parameter tensor and each step, learnt.
     - **BatchNorm of each step**: scale and shift are learnt for each call after t steps, t = 0 ... K, and do not adapt
       (``step_scales``); with ``batch_norm="per_step"`` so are running statistics kept: training normalises by the rows
       at hand and evaluation by the running statistics of the step. (The released code normalises by the rows at hand
       in both, which is the default, ``"transductive"``.)
-    - **First order** for the first ``first_order_steps`` training calls.
+    - **First order** for the first ``first_order_steps`` steps of training.
 
     The outer rate's cosine is ``fit(schedule="cosine")``. With more ``steps`` in evaluation than in training the last
-    step's values serve for those beyond. The number of training calls is a buffer, and so part of a checkpoint.
+    step's values serve for those beyond. The steps of training are counted by :meth:`after_step`, which ``fit`` calls;
+    call it after each step of an optimiser of your own. The count is a buffer, and so part of a checkpoint.
 
     Source: Antoniou, Edwards, Storkey, "How to train your MAML" (2019), and the weights of its released code.
 
@@ -40,7 +41,7 @@ class MAMLPlusPlus(MAML):
         model: see :class:`MAML`.
         lr: the initial rate.
         steps: K, at least 1.
-        multi_step: training calls with the multi-step loss; 0: none. 5,000 are the 10 epochs of the paper's Omniglot.
+        multi_step: steps of training with the multi-step loss; 0: none. 5,000 are the paper's 10 epochs on Omniglot.
         learn_lr: learn the rates.
         step_scales: see above; without BatchNorm layers with scale and shift it changes nothing.
         first_order_steps: see above.
@@ -48,7 +49,7 @@ class MAMLPlusPlus(MAML):
         options: the others of :class:`MAML`.
 
     Raises:
-        TypeError, ValueError: as of :class:`MAML`; in a training call, more ``steps`` than K.
+        TypeError, ValueError: as of :class:`MAML`; in training, more ``steps`` than K.
     """
 
     iterations: Tensor
@@ -101,6 +102,10 @@ class MAMLPlusPlus(MAML):
         """Tensors that follow the data in training: several processes make them the mean of theirs."""
         return [self.get_buffer(f"running_{k}") for k in range(len(self.running_names))]
 
+    def after_step(self) -> None:
+        """Count a step of training."""
+        self.iterations += 1
+
     @property
     def lr(self) -> Any:
         """For each step the rates of the parameter tensors by their names."""
@@ -111,7 +116,7 @@ class MAMLPlusPlus(MAML):
         ]
 
     def step_weights(self) -> list[float]:
-        """Those of the losses after 1 ... K steps, in the training call that comes next."""
+        """Those of the losses after 1 ... K inner steps, in the training step that comes next."""
         k, done = self.steps, int(self.iterations)
         if done >= self.multi_step:
             return [0.0] * (k - 1) + [1.0]
@@ -151,7 +156,6 @@ class MAMLPlusPlus(MAML):
         if not self.training:
             return self.outcome(adapted, episodes)
         weights = self.step_weights()
-        self.iterations += 1
         last = self.outcome(adapted, episodes)
         if weights[-1] == 1:
             return last

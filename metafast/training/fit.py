@@ -96,6 +96,7 @@ def fit(
     decay: float = 0.5,
     warm_up: int = 0,
     clip_norm: float | None = None,
+    tasks_at_once: int | None = None,
     precision: str = "float32",
     sync_batch_norm: bool = True,
     out: str | os.PathLike[str] | None = None,
@@ -119,6 +120,8 @@ def fit(
     - ``checkpoint-best.pt``, the weights of the best validation;
     - ``result.json``, at the end: all settings, seed, versions, time, and the validation accuracy with its
       interval.
+
+    A learner's method ``after_step()``, if it has one, is called after each optimiser step.
 
     Files are replaced atomically, so a kill at any moment leaves complete ones, and a run that is resumed
     after it continues bit for bit on the CPU.
@@ -154,6 +157,10 @@ def fit(
             schedule's one; the cosine and the line begin after them.
         clip_norm: a gradient (of all the optimiser's parameters together) whose Euclidean norm is greater is
             scaled down to this norm.
+        tasks_at_once: go forward and backward through so many tasks of a step at a time and sum the gradients, which
+            bounds the memory of a step (:func:`metafast.predicted_memory` tells how many fit); the update is that of
+            all at once, to rounding. None: all. For learners whose loss is the mean over tasks, without BatchNorm over
+            the images of several.
         precision: ``"bfloat16"`` and ``"float16"`` run the learner under autocast; distances, losses,
             parameters and validation stay in float32. For float16 the loss is scaled
             (``torch.amp.GradScaler``): a step whose gradients overflow leaves the weights as they are.
@@ -182,6 +189,7 @@ def fit(
         ("decay_every", decay_every, 1),
         ("warm_up", warm_up, 0),
         ("patience", 1 if patience is None else patience, 1),
+        ("tasks_at_once", 1 if tasks_at_once is None else tasks_at_once, 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             wanted = "a positive int" if smallest == 1 else f"an int from {smallest}"
@@ -206,6 +214,11 @@ def fit(
             raise ValueError("schedule: expected a scheduler that goes by the step, got ReduceLROnPlateau")
         if warm_up:
             raise ValueError("warm_up: expected 0 with a scheduler, which has its own course of the rate")
+    own = getattr(learner, "episode_statistics", False)
+    if tasks_at_once is not None and batch_norm_layers(learner) and not own:
+        raise ValueError(
+            "tasks_at_once: the learner's BatchNorm layers normalise by the images of all tasks of a step"
+        )
     keep_pages()
     if optimizer is None:
         optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
@@ -218,6 +231,8 @@ def fit(
     else:
         recorded["schedule"] = type(schedule).__name__
     recorded |= {"clip_norm": clip_norm, "precision": precision, "validate_every": validate_every}
+    if tasks_at_once is not None:
+        recorded["tasks_at_once"] = tasks_at_once
     recorded["validation_episodes"] = None if validation is None else validation_episodes
     if validation is not None:
         recorded["batch_norm"] = mode
@@ -234,6 +249,7 @@ def fit(
         recorded=recorded,
         precision=precision,
         clip_norm=clip_norm,
+        tasks_at_once=tasks_at_once,
         sync_batch_norm=sync_batch_norm,
         on_step=on_step,
     )
@@ -301,6 +317,7 @@ class _Run:
         recorded: dict[str, Any],
         precision: str,
         clip_norm: float | None,
+        tasks_at_once: int | None,
         sync_batch_norm: bool,
         on_step: Callable[[Row], None] | None,
     ) -> None:
@@ -311,6 +328,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision in SCALED_PRECISIONS)
         self.autocast = None if precision == "float32" else getattr(torch, precision)
         self.clip_norm = clip_norm
+        self.tasks_at_once = tasks_at_once
         self.folder = folder
         self.settings = settings
         self.recorded = recorded
@@ -321,6 +339,7 @@ class _Run:
         shared = sync_batch_norm and not getattr(learner, "episode_statistics", False)
         self.synchronised_norms = norms if shared else []
         following = [] if shared else _running_statistics(norms)
+        self.after_step: Callable[[], None] | None = getattr(learner, "after_step", None)
         of_learner: Any = getattr(learner, "running_statistics", None)
         if of_learner is not None:
             following += of_learner()
@@ -551,16 +570,14 @@ class _Run:
 
     def _update(self, episodes: Episodes, weight: float, read_every: int, stop: bool) -> None:
         self.learner.train()
-        with synchronised(self.synchronised_norms, self.ranks):
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                loss, logits = self.learner(episodes)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss if weight == 1 else loss * weight).backward()
-        right = torch.zeros((), dtype=torch.float64, device=self.device)
-        if not episodes.regression:
-            right = (logits.detach().argmax(-1) == episodes.query_y).sum().double()
-        answers = right.new_full((), 0 if episodes.regression else episodes.query_y.numel())
-        numbers = torch.stack([loss.detach().double() * weight, right, answers, answers.new_full((), stop)])
+        self.optimizer.zero_grad(set_to_none=True)
+        numbers = torch.zeros(4, dtype=torch.float64, device=self.device)
+        numbers[3] = stop
+        tasks = episodes.tasks
+        at_once = self.tasks_at_once or max(tasks, 1)
+        for first in range(0, tasks, at_once):
+            part = episodes[first : first + at_once]
+            numbers[:3] += self._go_through(part, weight * (part.tasks / tasks))
         numbers = self.step_sum(numbers, weight)
         if read_every == 1 and not math.isfinite(float(numbers[0])):
             # Before the update, so that the learner keeps the weights of the step before.
@@ -572,10 +589,24 @@ class _Run:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.after_step is not None:
+            self.after_step()
         with _first_step_left_out() if self.step == 0 else contextlib.nullcontext():
             self.schedule.step()
         self.step += 1
         self.unread.append((self.step, numbers, rate))
+
+    def _go_through(self, episodes: Episodes, share: float) -> Tensor:
+        """Forward and backward: the loss times its share, the right answers and how many there could be."""
+        with synchronised(self.synchronised_norms, self.ranks):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss, logits = self.learner(episodes)
+            self.scaler.scale(loss if share == 1 else loss * share).backward()
+        right = torch.zeros((), dtype=torch.float64, device=self.device)
+        if not episodes.regression:
+            right = (logits.detach().argmax(-1) == episodes.query_y).sum().double()
+        answers = right.new_full((), 0 if episodes.regression else episodes.query_y.numel())
+        return torch.stack([loss.detach().double() * share, right, answers])
 
     def _read(self) -> None:
         """Turn the numbers on the device into rows."""
