@@ -52,7 +52,7 @@ LEARNERS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_prediction_from_two_tasks(name: str) -> None:
-    """Within a few percent of what the graph of all of them keeps; the learner stays as it was."""
+    """Within a tenth of what the graph of all of them keeps; the learner stays as it was."""
     torch.manual_seed(0)
     learner = LEARNERS[name]().train()
     before, random = deepcopy(learner.state_dict()), torch.get_rng_state()
@@ -63,7 +63,7 @@ def test_prediction_from_two_tasks(name: str) -> None:
     assert all(value.grad is None for value in learner.parameters())
     kept = graph_bytes([learner(episodes).loss])
     assert memory.per_task > 0
-    assert memory.graph(episodes.tasks) == pytest.approx(kept, rel=0.05)
+    assert memory.graph(episodes.tasks) == pytest.approx(kept, rel=0.1)
     assert predicted_memory(learner, episodes[:1]).graph(6) == pytest.approx(kept, rel=0.1)
     with pytest.raises(ValueError, match="episodes: expected at least one task, got none"):
         predicted_memory(learner, episodes[:0])
@@ -147,14 +147,14 @@ def test_from_the_command_line(
 ) -> None:
     train = "train --method maml --data glyphs --size 16 --hidden 256 --tasks 8 --steps 2 --episodes 4 --threads 1"
     arguments = [*train.split(), "--validation-episodes", "4", "--overwrite", "--out", str(tmp_path / "run")]
-    assert cli.main([*arguments, "--memory", "0.004"]) == 0
+    assert cli.main([*arguments, "--memory", "0.001"]) == 0
     printed = capsys.readouterr().out
     said = re.search(
         r"(\d) of 8 tasks at a time: a step is predicted to need (\d+) MiB, (\d+) with all", printed
     )
     assert said is not None
     number, part, whole = map(int, said.groups())
-    assert 1 <= number < 8 and part <= 4 < whole
+    assert 1 <= number < 8 and part <= 1 < whole
     assert cli.main([*arguments, "--tasks-at-once", "3"]) == 0
     assert cli.main([*arguments, "--memory", "100"]) == 0
     assert "8 of 8 tasks at a time" in capsys.readouterr().out
