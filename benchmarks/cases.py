@@ -774,6 +774,7 @@ def module_case(name: str, title: str, sizes: inner_module.ModuleSizes, goals: t
         variants=(
             Variant(OURS, inner_module.fused),
             Variant("metafast, steps recomputed", inner_module.recomputed),
+            Variant("metafast, torch.compile", inner_module.fused, compiled=True),
             Variant("torch.func vmap", inner_module.mapped),
             Variant("per-task Python loop", inner_module.looped, on_gpu=False),
         ),

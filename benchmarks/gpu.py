@@ -332,6 +332,15 @@ class StepSizes:
         return total * self.images
 
 
+@dataclass(frozen=True)
+class InnerStepSizes(StepSizes):
+    """Of a step with an inner loop, whose arithmetic is not counted."""
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+
 class CdistNet(ProtoNet):
     """The same network with the head that eager PyTorch code has."""
 
@@ -437,6 +446,18 @@ def anil_step(sizes: StepSizes) -> TrainingStep:
     )
 
 
+def conv_maml_step(sizes: InnerStepSizes) -> TrainingStep:
+    def network() -> MAML:
+        return MAML(torch.nn.Sequential(Conv4(), torch.nn.Linear(64, sizes.ways)), 0.01, 5)
+
+    return TrainingStep(
+        f"second-order MAML training step, Conv4-64, {sizes.tasks} tasks, K = 5; as a CUDA graph",
+        sizes,
+        lambda device: random_episodes(sizes, device),
+        {OURS: (network, graphed_step), "metafast, eager": (network, eager_step)},
+    )
+
+
 STEPS = {
     "training-step-5-way": protonet_step(StepSizes(tasks=4, ways=5, shots=1, queries=5)),
     "training-step-60-way": protonet_step(StepSizes(tasks=1, ways=60, shots=1, queries=5)),
@@ -452,6 +473,7 @@ STEPS = {
             "torch.func vmap, CUDA graph": (lambda: maml(MappedMaml), graphed_step),
         },
     ),
+    "training-step-maml-conv4": conv_maml_step(InnerStepSizes(tasks=8, ways=5, shots=1, queries=15)),
 }
 
 

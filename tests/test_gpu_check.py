@@ -420,10 +420,15 @@ class TestBenchmarks:
         assert gpu.largest_difference([1.0, 22.0], [1.5, 20.0]) == pytest.approx(1 / 3)
         assert not gpu.largest_difference([1.0, float("nan"), 3.0], [1.0, 2.0, 3.0]) <= 1
 
-    @pytest.mark.parametrize("name", ["training-step-5-way", "training-step-anil", "training-step-maml"])
+    @pytest.mark.parametrize(
+        "name",
+        ["training-step-5-way", "training-step-anil", "training-step-maml", "training-step-maml-conv4"],
+    )
     def test_all_networks_of_a_step_train_alike(self, name: str) -> None:
         step = gpu.STEPS[name]
-        if isinstance(step.sizes, gpu.StepSizes):
+        if isinstance(step.sizes, gpu.InnerStepSizes):
+            step = gpu.conv_maml_step(gpu.InnerStepSizes(tasks=2, ways=3, shots=1, queries=2))
+        elif isinstance(step.sizes, gpu.StepSizes):
             step = {"training-step-anil": gpu.anil_step}.get(name, gpu.protonet_step)(
                 gpu.StepSizes(tasks=2, ways=3, shots=1, queries=2)
             )

@@ -83,8 +83,8 @@ def test_steps_that_are_recomputed_count_once() -> None:
 
 def test_tasks_within_a_budget() -> None:
     memory = Memory(1000, 300)
-    assert memory.graph(4) == 2200 and memory.peak(4) == 4400
-    assert memory.tasks(4400) == 4 and memory.tasks(4399) == 3 and memory.tasks(0) == 1
+    assert memory.graph(4) == 2200 and memory.peak(4) == 6600
+    assert memory.tasks(6600) == 4 and memory.tasks(6599) == 3 and memory.tasks(0) == 1
     assert Memory(0, 0).tasks(10) >= 1
 
 
