@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
+from metafast import _check
 from metafast.backbones import MLP, Block, call_block, is_block, is_hooked
 from metafast.norm_relu_pool import norm_relu_pool
 
@@ -167,8 +169,30 @@ class _Forms(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function in _AUTOCAST:
+            args, kwargs = tree_map(_in_autocast_dtype, (args, kwargs))
         form = self.forms.get(function)
         return function(*args, **(kwargs or {})) if form is None else form(*args, **(kwargs or {}))
+
+
+#: What autocast does not see under vmap, which has them in other operators by then.
+_AUTOCAST = frozenset(
+    (
+        functional.linear,
+        functional.conv1d,
+        functional.conv2d,
+        functional.conv3d,
+        functional.conv_transpose1d,
+        functional.conv_transpose2d,
+        functional.conv_transpose3d,
+    )
+)
+
+
+def _in_autocast_dtype(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and _check.autocasts(value):
+        return value.to(torch.get_autocast_dtype(value.device.type))
+    return value
 
 
 def _layer_norm(

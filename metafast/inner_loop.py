@@ -33,6 +33,8 @@ from metafast.mlp import adapt_mlp, adapted_mlp
 from metafast.second_order import explained, go_backward, known
 
 OPTIMIZERS = ("sgd", "adam")
+#: Of an inner loss under float16 autocast; its gradients are divided by it again.
+HALF_SCALE = 1024.0
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 Named = dict[str, Tensor]
@@ -80,6 +82,10 @@ def inner_loop(
     (:func:`metafast.adapt_linear`, :func:`metafast.adapt_mlp`). Any other module is called by ``torch.func.vmap`` with
     the weights of all tasks stacked; a module that cannot be, task after task, with a warning. ``Adapted.path`` says
     which it was. The module itself, its buffers and its gradients are left as they are (but for ``batch_norm``).
+
+    Under autocast the module computes as its operators do there, while parameters, steps and losses stay as they are;
+    a fused operator computes in float32. For float16 the inner losses are scaled by 1,024 and their gradients back,
+    beside what a ``GradScaler`` does to the outer loss.
 
     Args:
         module: from rows ``[n, ...]`` to outputs ``[n, ...]``.
@@ -399,6 +405,8 @@ class _Function:
         tensors |= {**fixed, **own}
         self._statistics.watch(tensors)
         out: Tensor = functional_call(self.module, tensors, (x,))
+        if out.dtype in (torch.float16, torch.bfloat16) and _check.autocasts(out):
+            out = out.float()
         return out, self._statistics.take()
 
     def outputs(self, own: Named, shared: bool, step: int, x: Tensor) -> tuple[Tensor, Found]:
@@ -428,9 +436,14 @@ class _Function:
     ) -> tuple[Named, Found]:
         """Those of each task's loss, ``[T, ...]``, and the batch statistics; ``shared`` as of :meth:`outputs`."""
 
+        # float16 has no numbers as small as gradients of a mean often are.
+        half = _check.autocasts(x) and torch.get_autocast_dtype(x.device.type) == torch.float16
+        scale = HALF_SCALE if half else 1.0
+
         def loss_of(values: Named, rows: Tensor, targets: Tensor) -> tuple[Tensor, Found]:
             out, statistics = self._call(values, fixed, rows)
-            return self.loss(out, targets), statistics
+            with _check.without_autocast(out):
+                return self.loss(out, targets) * scale, statistics
 
         def of_task(t: int) -> tuple[Named, Found]:
             with torch.enable_grad():
@@ -456,8 +469,10 @@ class _Function:
             grad(loss_of, has_aux=True), in_dims=(None if shared else 0, 0, 0), randomness="different"
         )
         with self._prepared(shared):
-            found: tuple[Named, Found] = self._for_tasks(lambda: each(own, x, y), in_turn)
-            return found
+            grads, statistics = self._for_tasks(lambda: each(own, x, y), in_turn)
+        if half:
+            grads = {name: g / scale for name, g in grads.items()}
+        return grads, statistics
 
     @contextlib.contextmanager
     def _prepared(self, shared: bool) -> Iterator[None]:
@@ -583,7 +598,9 @@ class Recomputed(torch.autograd.Function):
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.save_for_backward(*(leaves[k] for k in ctx.tensors))
-        ctx.devices = sorted({t.device.index for t in ctx.saved_tensors if t.is_cuda})
+        ctx.devices = sorted({leaves[k].device.index for k in ctx.tensors if leaves[k].is_cuda})
+        kind = leaves[ctx.tensors[0]].device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         ctx.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in ctx.devices]
         return run(*leaves)
 
@@ -617,7 +634,8 @@ def replayed(node: Any, history: bool) -> tuple[list[Any], tuple[Tensor, ...]]:
         torch.set_rng_state(node.random[0])
         for device, state in zip(node.devices, node.random[1], strict=True):
             torch.cuda.set_rng_state(state, device)
-        return leaves, node.run(*leaves)
+        with torch.autocast(*node.autocast):
+            return leaves, node.run(*leaves)
 
 
 def _check_arguments(

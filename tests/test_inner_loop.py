@@ -702,6 +702,58 @@ def test_finite_differences(recompute: bool) -> None:
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["blocks", "mlp with batch norm", "branches", "mlp"])
+@pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
+def test_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """Layers compute in its dtype, and again so in a backward pass outside; parameters, steps and losses do not."""
+    torch.manual_seed(0)
+    module, tasks = make(name)
+    exact = outer(inner_loop(module, *tasks[:2], 0.2, 2)(tasks[2]), tasks, list(module.parameters()))
+    module, leaves = module.float(), list(module.float().parameters())
+    tasks = tuple(value.float() if value.is_floating_point() else value for value in tasks)
+    seen: list[torch.dtype] = []
+    last = list(module.modules())[-1]
+
+    def see(_: nn.Module, __: Any, out: Tensor) -> None:
+        seen.append(out.dtype)
+
+    last.register_forward_hook(see)
+    found = []
+    for recompute in (False, True):
+        with torch.autocast("cpu", dtype):
+            adapted = inner_loop(module, *tasks[:2], 0.2, 2, recompute=recompute)
+            outputs = adapted(tasks[2])
+            assert torch.is_autocast_enabled("cpu")
+        assert outputs.dtype == torch.float32
+        assert all(value.dtype == torch.float32 for value in adapted.parameters.values())
+        found.append(outer(outputs, tasks, leaves))
+    assert_same(found[1], found[0], 1e-5)
+    assert set(seen) == {dtype}
+    for got, want in zip(found[0], exact, strict=True):
+        away, length = (got.double() - want).detach().norm(), want.detach().norm()
+        assert away < 0.15 * length + 0.02
+
+
+def test_small_gradients_survive_float16() -> None:
+    """A mean over many rows has gradients that float16 alone would round to 0."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 1))
+    x, y = 1e-3 * torch.rand(2, 2000, 4), torch.zeros(2, 2000, 1)
+    with torch.no_grad():
+        module[2].weight.mul_(1e-3)
+        module[2].bias.fill_(1.0)
+        module[0].bias.zero_()
+    for exact in (True, False):
+        with torch.autocast("cpu", torch.float16, enabled=not exact):
+            adapted = inner_loop(module, x, y, 1.0, 1, loss="mse")
+        assert adapted.path == "batched"
+        moved = adapted.parameters["0.bias"] - module[0].bias
+        if exact:
+            expected = moved.detach()
+    # Without the scale most of what goes back is near its smallest number, 6e-8.
+    torch.testing.assert_close(moved, expected, rtol=0.02, atol=1e-10)
+
+
 def test_recomputation_keeps_less() -> None:
     """What the graph saves beside parameters no longer grows with the activations."""
     module = nn.Sequential(block(1, 8), block(8, 8), *head(128))

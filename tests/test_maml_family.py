@@ -480,3 +480,23 @@ def test_wrong_arguments_are_named(make, error, message):
 def test_representations_name_the_settings():
     assert "lr=0.01, steps=5, first_order=False" in repr(ProtoMAML(nn.Identity()))
     assert "lr=0.1, steps=5, loss='cross_entropy'" in repr(MAMLPlusPlus(mlp()))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_training_in_half_precision(precision):
+    """Layers compute in it; what is learnt, and the loss, stay float32, and the first loss is about the exact one."""
+    torch.manual_seed(0)
+
+    def sample(step):
+        batch = images(seed=step)
+        return Episodes(batch.support_x.float(), batch.support_y, batch.query_x.float(), batch.query_y, 3)
+
+    losses = []
+    for name in ("float32", precision):
+        torch.manual_seed(1)
+        learner = MAML(conv_model(), 0.1, 2, recompute=True)
+        rows = fit(learner, sample, 2, precision=name).rows
+        assert all(value.dtype == torch.float32 for value in learner.parameters())
+        losses.append([row.loss for row in rows])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)

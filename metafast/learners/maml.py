@@ -29,8 +29,8 @@ class MAML(nn.Module):
     evaluation alike ``steps`` may be changed between calls.
 
     Regression (``"mse"``) takes episodes of 0 ways, and its ``Outcome.logits`` are the predictions ``[T, m, out]``.
-    Classification (``"cross_entropy"``) takes episodes of as many ways as the model has outputs. The model computes in
-    its parameters' dtype, under autocast too.
+    Classification (``"cross_entropy"``) takes episodes of as many ways as the model has outputs. Under autocast the
+    layers of a model that is no MLP compute in its dtype; parameters, steps and losses do not.
 
     Sources: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (2017);
     ``first_order``: its section 5.2.
@@ -110,15 +110,14 @@ class MAML(nn.Module):
             "recompute": self.recompute,
         }
         targets = episodes.support_y.flatten(2) if regression else episodes.support_y
-        with torch.autocast(episodes.device.type, enabled=False):
-            return inner_loop(
-                self.model, episodes.support_x, targets, self.lr, self.steps, **{**given, **options}
-            )
+        return inner_loop(
+            self.model, episodes.support_x, targets, self.lr, self.steps, **{**given, **options}
+        )
 
     def outcome(self, adapted: Adapted, episodes: Episodes) -> Outcome:
         """The mean loss of the query rows of all tasks, and their outputs."""
+        outputs: Tensor = adapted(episodes.query_x)
         with torch.autocast(episodes.device.type, enabled=False):
-            outputs: Tensor = adapted(episodes.query_x)
             if self.loss == "mse":
                 return Outcome(mse_loss(outputs, episodes.query_y.flatten(2)), outputs)
             return classified(outputs, episodes.query_y)

@@ -27,6 +27,7 @@ class ProtoMAML(nn.Module):
     whose logits are those of a prototypical network up to a term that all classes share; the gradient goes through
     them to the encoder. Then encoder and head take K steps of gradient descent on the support rows, in one
     :func:`metafast.inner_loop`. There is no learnt head, and so any number of ways, in training and evaluation alike.
+    All of it computes in the parameters' dtype, under autocast too.
 
     Source: Triantafillou et al., "Meta-Dataset: A Dataset of Datasets for Learning to Learn from Few Examples" (2020).
 
