@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import gc
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import inner_module
 from benchmarks.inner_module import ModuleSizes
-from benchmarks.machine import cpu_model
-from benchmarks.ratios import metafast_version
-from benchmarks.training import memory
+from benchmarks.training import conditions, memory, options_of
 from metafast import Conv4, Episodes, predicted_memory
 from metafast.learners import MAML
 from metafast.training.files import write_atomically
@@ -128,21 +125,14 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--once", choices=WAYS_TO_DO_IT, help=argparse.SUPPRESS)
+    parser = options_of(__doc__, WAYS_TO_DO_IT)
     parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
         print(json.dumps(once(options.once, options.steps, options.threads)))
         return
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.memory", *sys.argv[1:]]),
-        "cpu": cpu_model(),
-        "threads": options.threads,
-        "versions": {"metafast": metafast_version(), "torch": torch.__version__},
+        **conditions("benchmarks.memory", options.threads),
         **measure(options.rounds, options.threads),
     }
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,21 +150,33 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def conditions(module: str, threads: int) -> dict[str, Any]:
+    """What a result file of ``module`` says of how it came about."""
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "cpu": cpu_model(),
+        "threads": threads,
+        "versions": {"metafast": metafast_version(), "torch": torch.__version__},
+    }
+
+
+def options_of(doc: str | None, ways: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of a benchmark each of whose ways runs in processes of its own."""
+    parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--once", choices=WAYS_TO_DO_IT, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--once", choices=ways, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    options = options_of(__doc__, WAYS_TO_DO_IT).parse_args()
     if options.once:
         print(json.dumps(once(options.once, options.threads)))
         return
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
-        "cpu": cpu_model(),
-        "threads": options.threads,
-        "versions": {"metafast": metafast_version(), "torch": torch.__version__},
+        **conditions("benchmarks.training", options.threads),
         **measure(options.rounds, options.threads),
     }
     for way, median in result["medians"].items():

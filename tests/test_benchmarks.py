@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, ceilings, inner_mlp, peers, ratios, report, training
+from benchmarks import cases, ceilings, inner_mlp, memory, peers, ratios, report, training
 from benchmarks.cases import OURS, TOLERANCE, Case, Goal, Inputs, Sizes, Variant
 from metafast import reference
 
@@ -388,3 +388,13 @@ def test_training_is_held_against_the_plain_step(monkeypatch: pytest.MonkeyPatch
     assert found["step_ratio"]["plain PyTorch / metafast"] == pytest.approx(4)
     assert found["peak_ratio"]["metafast / plain PyTorch, pages kept"] == pytest.approx(0.5)
     assert len(found["rounds"][training.HALF]) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of peaks")
+@pytest.mark.parametrize("way", memory.WAYS_TO_DO_IT)
+def test_every_way_of_the_memory_benchmark_runs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "TASKS", 2)
+    threads = torch.get_num_threads()
+    found = memory.once(way, 1, threads)
+    assert found["peak_bytes"] > 2**20
+    assert ("predicted_bytes" in found) == way.startswith("metafast")
