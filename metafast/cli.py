@@ -335,7 +335,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--inner-lr",
         "rate of the inner steps, of metasgd and maml++ the initial one (default: 0.1 for anil, boil and maml++, "
-        "0.01 for maml and protomaml, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
+        "0.01 for maml, protomaml and sinusoid, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
         **number,
     )
     add("--learn-inner-lr", "train the rate too", action=_Switch)

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,7 +273,7 @@ def load_model(place: str) -> nn.Module:
         for part in name.split("."):
             found = getattr(found, part)
         model = found if isinstance(found, nn.Module) else found()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"--model: {place} does not give a model: {reason}") from error
     finally:
@@ -288,12 +289,20 @@ def examine_named_model(options: argparse.Namespace) -> second_order.Report:
     model = load_model(options.model)
     rows = torch.randn(options.rows, *options.input)
     try:
-        return second_order.examine_model(inner_loop, model, rows, batch_norm=options.batch_norm)
-    except (RuntimeError, ValueError) as error:
-        shape = " ".join(map(str, options.input))
+        with torch.no_grad():
+            outputs = deepcopy(model)(rows)
+    except Exception as error:
+        shape, reason = " ".join(map(str, options.input)), str(error).partition("\n")[0]
         raise UsageError(
-            f"--input {shape}: {options.model} cannot be called with such rows: {error}"
+            f"--input {shape}: {options.model} cannot be called with such rows: {type(error).__name__}: {reason}"
         ) from error
+    if not isinstance(outputs, torch.Tensor):
+        raise UsageError(
+            f"--model: expected a tensor of outputs from {options.model}, got {type(outputs).__name__}"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"--model: {options.model} has no parameters that adapt")
+    return second_order.examine_model(inner_loop, model, rows, batch_norm=options.batch_norm)
 
 
 def describe_model(name: str, found: second_order.Report) -> str:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from metafast import _check
 from metafast._inner_loss import LOSSES
@@ -142,8 +143,12 @@ def inner_loop(
     tasks = support_x.shape[0]
     start, fixed = _initial(own, names, dict(parameters or {}), tasks)
     by_step = _by_step(module, names, dict(per_step or {}), steps)
+    if batch_norm == "transductive" and any(
+        name.endswith(("running_mean", "running_var")) for name in by_step
+    ):
+        raise ValueError("per_step: running statistics have no part in batch_norm 'transductive'")
     _check_batches(batches, steps, support_x)
-    _check_state(state, names)
+    _check_state(state, optimizer, start, tasks, own)
     rates = _rates(lr, steps, {name: own[name] for name in names})
     shared = all(start[name].dim() == own[name].dim() for name in names)
     plain = optimizer == "sgd" and truncate is None and batches is None and state is None
@@ -164,14 +169,9 @@ def inner_loop(
     )
     rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
     constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
+    leaves = [start, fixed, by_step, rates, support_x]
     trace, begun = [stacked], 0 if state is None else state.steps
     slots: Any = {} if state is None else state.slots
-    if recompute and constant < steps and not torch.compiler.is_compiling() and module not in known:
-        # A step that is made again hides its operators.
-        values, *_ = _Step(function, rule, begun, shared, False)(
-            start if shared else stacked, slots, _rate_of(rates, 0), function.fixed(0), support_x, support_y
-        )
-        _require_second_order(module, support_x, values, [start, fixed, by_step, rates, support_x])
     for t in range(steps):
         # All tasks share the first step's weights, which makes it cheaper.
         alike = shared and t == 0
@@ -181,6 +181,12 @@ def inner_loop(
             rows = (support_x.index_select(1, batches[t]), support_y.index_select(1, batches[t]))
         arguments = (start if alike else trace[-1], slots, _rate_of(rates, t), function.fixed(t), *rows)
         if recompute and torch.is_grad_enabled():
+            if t == constant and _is_to_be_tried(module):
+                # A step that is made again hides its operators.
+                with torch.random.fork_rng(_random_state(module)[1]):
+                    ends, *_ = step(*arguments)
+                _require_second_order(module, support_x, ends, leaves)
+                del ends
             values, slots, statistics = _recomputed(step, arguments)
         else:
             values, slots, statistics = step(*arguments)
@@ -189,20 +195,22 @@ def inner_loop(
             # No graph holds the parameters of the steps before.
             trace.clear()
         trace.append(values)
-    state = OptimizerState(begun + steps, slots)
-    if constant < steps:
-        leaves = [start, fixed, by_step, rates, support_x]
+    state = OptimizerState(optimizer, begun + steps, slots)
+    if constant < steps and _is_to_be_tried(module):
         _require_second_order(module, support_x, trace[-1], leaves)
     return _Stacked(function, trace, steps, state, shared=shared and steps == 0)
 
 
+def _is_to_be_tried(module: nn.Module) -> bool:
+    """Whether this is a module's first loop that records a graph."""
+    if torch.compiler.is_compiling() or module in known or not torch.is_grad_enabled():
+        return False
+    # Under a transform of torch.func the loop's graph is not the one at hand.
+    return peek_interpreter_stack() is None
+
+
 def _require_second_order(module: nn.Module, support_x: Tensor, ends: Named, leaves: list[Any]) -> None:
     """Go backward through a module's first loop, so that an operator that cannot is known by its name."""
-    if torch.compiler.is_compiling() or module in known or not torch.is_grad_enabled():
-        return
-    # Under a transform of torch.func the loop's graph is not the one at hand.
-    if peek_interpreter_stack() is not None:
-        return
     inputs = [v for v in tree_flatten(leaves)[0] if isinstance(v, Tensor) and v.requires_grad]
     outputs = [value for value in ends.values() if value.requires_grad]
     if not inputs or not outputs:
@@ -219,11 +227,13 @@ class OptimizerState(NamedTuple):
     """What an optimiser remembers.
 
     Attributes:
+        optimizer: ``"sgd"`` or ``"adam"``.
         steps: that it has made.
         slots: for each parameter by its name: momentum of SGD; means of gradients and of their squares of Adam, each
             ``[T, ...]``, or as the parameter.
     """
 
+    optimizer: str
     steps: int
     slots: Mapping[str, Any]
 
@@ -401,13 +411,11 @@ class _Function:
 
     def _call(self, own: Named, fixed: Named, x: Tensor) -> tuple[Tensor, Found]:
         # What the module does to its buffers stays in here.
-        tensors = {name: value.clone() for name, value in self.module.named_buffers()}
-        tensors |= {**fixed, **own}
+        buffers = {name: fixed.get(name, value).clone() for name, value in self.module.named_buffers()}
+        tensors = {**fixed, **buffers, **own}
         self._statistics.watch(tensors)
         out: Tensor = functional_call(self.module, tensors, (x,))
-        if out.dtype in (torch.float16, torch.bfloat16) and _check.autocasts(out):
-            out = out.float()
-        return out, self._statistics.take()
+        return tree_map(_from_autocast, out), self._statistics.take()
 
     def outputs(self, own: Named, shared: bool, step: int, x: Tensor) -> tuple[Tensor, Found]:
         """``[T, m, ...]``, and the batch statistics; ``shared``: the parameters are those of all tasks."""
@@ -442,7 +450,7 @@ class _Function:
 
         def loss_of(values: Named, rows: Tensor, targets: Tensor) -> tuple[Tensor, Found]:
             out, statistics = self._call(values, fixed, rows)
-            with _check.without_autocast(out):
+            with _check.without_autocast(rows):
                 return self.loss(out, targets) * scale, statistics
 
         def of_task(t: int) -> tuple[Named, Found]:
@@ -487,11 +495,15 @@ class _Function:
     def _for_tasks(self, together: Callable[[], Any], in_turn: Callable[[], Any]) -> Any:
         if not self.batched:
             return in_turn()
+        random = None if torch.compiler.is_compiling() else _random_state(self.module)
         try:
             return together()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if random is not None:
+                # What was drawn until then is drawn again: with recomputation the backward pass begins here.
+                _set_random_state(random)
             # If it is the module's own error, this raises it too.
             found = in_turn()
             reason = str(error).strip().partition("\n")[0]
@@ -503,6 +515,12 @@ class _Function:
             stacklevel=2,
         )
         return found
+
+
+def _from_autocast(value: Any) -> Any:
+    halves = (torch.float16, torch.bfloat16)
+    cast = isinstance(value, Tensor) and value.dtype in halves and _check.autocasts(value)
+    return value.float() if cast else value
 
 
 def _stacked(each: list[Any]) -> Any:
@@ -598,10 +616,9 @@ class Recomputed(torch.autograd.Function):
         ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.save_for_backward(*(leaves[k] for k in ctx.tensors))
-        ctx.devices = sorted({leaves[k].device.index for k in ctx.tensors if leaves[k].is_cuda})
         kind = leaves[ctx.tensors[0]].device.type
         ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        ctx.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in ctx.devices]
+        ctx.random = _random_state(leaves[k] for k in ctx.tensors)
         return run(*leaves)
 
     @staticmethod
@@ -630,12 +647,29 @@ def replayed(node: Any, history: bool) -> tuple[list[Any], tuple[Tensor, ...]]:
     leaves = list(node.others)
     for k, tensor in zip(node.tensors, node.saved_tensors, strict=True):
         leaves[k] = tensor if history else tensor.detach().requires_grad_(tensor.requires_grad)
-    with torch.enable_grad(), torch.random.fork_rng(node.devices):
-        torch.set_rng_state(node.random[0])
-        for device, state in zip(node.devices, node.random[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
-        with torch.autocast(*node.autocast):
-            return leaves, node.run(*leaves)
+    with torch.enable_grad(), torch.random.fork_rng(node.random[1]), torch.autocast(*node.autocast):
+        _set_random_state(node.random)
+        return leaves, node.run(*leaves)
+
+
+#: Of the CPU, and of CUDA devices by their numbers.
+RandomState = tuple[Tensor, dict[int, Tensor]]
+
+
+def _random_state(of: nn.Module | Iterable[Tensor]) -> RandomState:
+    """Of the CPU and of the CUDA devices that these tensors, or a module's, are on."""
+    tensors = chain(of.parameters(), of.buffers()) if isinstance(of, nn.Module) else of
+    devices = sorted({value.device.index for value in tensors if value.is_cuda})
+    if devices and torch.cuda.is_current_stream_capturing():
+        # A graph that is captured has its own random numbers, whose state cannot be read.
+        devices = []
+    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+def _set_random_state(state: RandomState) -> None:
+    torch.set_rng_state(state[0])
+    for device, value in state[1].items():
+        torch.cuda.set_rng_state(value, device)
 
 
 def _check_arguments(
@@ -756,15 +790,24 @@ def _check_batches(batches: Any, steps: int, support_x: Tensor) -> None:
             )
 
 
-def _check_state(state: Any, names: Sequence[str]) -> None:
+def _check_state(state: Any, optimizer: str, start: Named, tasks: int, own: Named) -> None:
     if state is None:
         return
     if not isinstance(state, OptimizerState):
         raise TypeError(f"state: expected an Adapted.state, got {type(state).__name__}")
-    if state.slots and state.slots.keys() != set(names):
+    if state.slots and state.slots.keys() != start.keys():
         raise ValueError(
-            f"state: expected the names of the parameters that adapt, {list(names)}, got {list(state.slots)}"
+            f"state: expected the names of the parameters that adapt, {list(start)}, got {list(state.slots)}"
         )
+    if state.optimizer != optimizer:
+        raise ValueError(f"state: expected that of optimizer {optimizer!r}, got that of {state.optimizer!r}")
+    for name, slot in state.slots.items():
+        shape = own[name].shape
+        for value in slot if isinstance(slot, tuple) else (slot,):
+            if value.shape not in (shape, (tasks, *shape)):
+                raise ValueError(
+                    f"state: expected {list(shape)} or {[tasks, *shape]} for {name!r}, got {list(value.shape)}"
+                )
 
 
 def _rates(lr: Any, steps: int, own: Mapping[str, Tensor]) -> Any:

@@ -1,25 +1,23 @@
-"""What the graph of a training step keeps until its backward pass, and how many tasks fit into a budget."""
+"""How much memory a training step takes, and how many tasks fit into a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metafast.data import Episodes
-from metafast.inner_loop import Recomputed, replayed
-from metafast.second_order import nodes_of
 
-#: A backward pass has gradients beside what the graph keeps: peaks of 1.4 to 2.8 times the graph were measured
-#: (benchmarks/memory.py).
-PEAK_OVER_GRAPH = 3
+#: Operators copy and pad inside: a process grows by 1.3 to 2.3 times its tensors (benchmarks/memory.py).
+OVER_TENSORS = 2
 
 
 class Memory(NamedTuple):
-    """The memory that a graph keeps as a line in the number of its tasks, in bytes.
+    """The most bytes of tensors that live at one time of a step, as a line in the number of its tasks.
 
     Attributes:
         base: without any task.
@@ -29,24 +27,23 @@ class Memory(NamedTuple):
     base: int
     per_task: int
 
-    def graph(self, tasks: int) -> int:
-        """Of so many tasks at once, until their backward pass."""
+    def tensors(self, tasks: int) -> int:
+        """Of so many tasks at once."""
         return self.base + tasks * self.per_task
 
     def peak(self, tasks: int) -> int:
-        """The most that forward and backward of so many tasks at once are expected to take, three times the graph."""
-        return PEAK_OVER_GRAPH * self.graph(tasks)
+        """What a step with so many tasks is expected to take with all that operators need inside: twice that."""
+        return OVER_TENSORS * self.tensors(tasks)
 
     def tasks(self, budget: int) -> int:
         """How many tasks at once stay within ``budget`` bytes by :meth:`peak`, at least 1."""
-        return max(1, (budget // PEAK_OVER_GRAPH - self.base) // max(self.per_task, 1))
+        return max(1, (budget // OVER_TENSORS - self.base) // max(self.per_task, 1))
 
 
 def predicted_memory(learner: nn.Module, episodes: Episodes) -> Memory:
-    """What a training call of ``learner`` keeps for its backward pass, from calls with one task and with two.
+    """The peak of the tensors that a training step of ``learner`` makes, from steps with one task and with two.
 
-    It counts what the graph refers to: activations, the parameters of each inner step, and where steps are recomputed
-    the graph of one of them; not the weights and the optimiser's state. The learner's buffers and the random numbers
+    A step is forward and backward in training mode. The learner's mode, buffers and gradients and the random numbers
     are left as they were.
 
     Args:
@@ -58,12 +55,25 @@ def predicted_memory(learner: nn.Module, episodes: Episodes) -> Memory:
     """
     if episodes.tasks == 0:
         raise ValueError("episodes: expected at least one task, got none")
-    first, second = (_step_bytes(learner, _tasks(episodes, count)) for count in (1, 2))
+    modes = [(module, module.training) for module in learner.modules()]
+    buffers = {name: value.clone() for name, value in learner.named_buffers()}
+    devices = [episodes.device.index or 0] if episodes.device.type == "cuda" else []
+    try:
+        learner.train()
+        with torch.random.fork_rng(devices):
+            # The first step of a learner may do more than others.
+            _, first, second = (_peak(learner, _tasks(episodes, count)) for count in (1, 1, 2))
+    finally:
+        with torch.no_grad():
+            for name, value in learner.named_buffers():
+                value.copy_(buffers[name])
+        for module, training in modes:
+            module.training = training
     return Memory(max(0, 2 * first - second), max(0, second - first))
 
 
 def _tasks(episodes: Episodes, count: int) -> Episodes:
-    """So many of the tasks in memory of their own, the first one again where there are fewer."""
+    """So many of the tasks, the first one again where there are fewer."""
     chosen = [min(k, episodes.tasks - 1) for k in range(count)]
     support_x, support_y, query_x, query_y = (
         torch.stack([part[k] for k in chosen])
@@ -72,38 +82,50 @@ def _tasks(episodes: Episodes, count: int) -> Episodes:
     return Episodes(support_x, support_y, query_x, query_y, episodes.ways)
 
 
-def _step_bytes(learner: nn.Module, episodes: Episodes) -> int:
-    buffers = {name: value.clone() for name, value in learner.named_buffers()}
-    devices = [episodes.device.index or 0] if episodes.device.type == "cuda" else []
-    with torch.enable_grad(), torch.random.fork_rng(devices):
-        kept = graph_bytes([learner(episodes).loss])
-    with torch.no_grad():
-        for name, value in learner.named_buffers():
-            value.copy_(buffers[name])
-    return kept
+def _peak(learner: nn.Module, episodes: Episodes) -> int:
+    parameters = [value for value in learner.parameters() if value.requires_grad]
+    with torch.enable_grad(), Peak() as live:
+        loss = learner(episodes).loss
+        if loss.requires_grad:
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+    return live.peak
 
 
-def graph_bytes(ends: Iterable[Tensor]) -> int:
-    """Bytes of all tensors that the graph of these keeps, each storage once, and of the largest recomputed part."""
-    seen: dict[tuple[torch.device, int], int] = {}
-    again = 0
-    for node in nodes_of(ends):
-        for tensor in _saved(node):
-            storage = tensor.untyped_storage()
-            seen[storage.device, storage.data_ptr()] = storage.nbytes()
-        if getattr(node, "_forward_cls", None) is Recomputed:
-            _, results = replayed(node, history=False)
-            again = max(again, graph_bytes(value for value in results if value.requires_grad))
-            del results
-    return sum(seen.values()) + again
+class Peak(TorchDispatchMode):
+    """Inside, the tensors that are made are counted, each storage from when it is made until it is freed.
 
+    Attributes:
+        peak: the most bytes that lived at one time.
+    """
 
-def _saved(node: Any) -> Iterable[Tensor]:
-    """The tensors that a node of the graph keeps."""
-    names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
-    if isinstance(node, torch._C._FunctionBase):
-        names = ["saved_tensors"]
-    for name in names:
-        for value in tree_flatten(getattr(node, name))[0]:
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        known = {self._key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                yield value
+                self._see(value, known)
+        return out
+
+    @staticmethod
+    def _key(value: Tensor) -> int:
+        return value.untyped_storage()._cdata
+
+    def _see(self, value: Tensor, known: set[int]) -> None:
+        key = self._key(value)
+        if key in known or key in self._sizes:
+            return
+        storage = value.untyped_storage()
+        self._sizes[key] = storage.nbytes()
+        self._now += self._sizes[key]
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)

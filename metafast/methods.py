@@ -19,6 +19,9 @@ from metafast.sources import SINUSOID
 #: Hidden layers of an MLP: those of the MAML paper for sinusoids, and for images of Omniglot's size.
 HIDDEN_FOR_WAVES, HIDDEN_FOR_IMAGES = [40, 40], [256, 128, 64, 64]
 
+#: Largest usual rate of the inner steps on sinusoids, whose squared errors are larger than other losses.
+WAVE_RATE = 0.01
+
 Settings = Mapping[str, Any]
 
 
@@ -235,6 +238,9 @@ def settle_options(options: argparse.Namespace) -> None:
     method = METHODS[options.method]
     if "backbone" in method.options:
         _settle_backbone(options)
+        usual = method.options["inner_lr"]
+        if options.data == [SINUSOID] and options.inner_lr is None and usual is not None:
+            options.inner_lr = min(WAVE_RATE, usual)
     for name in OPTIONS:
         if name in method.options:
             if getattr(options, name) is None:
@@ -243,6 +249,8 @@ def settle_options(options: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} is an option of {methods_with(name)}; {options.method} has no use for it"
             )
+    if options.method == "maml++" and options.inner_steps == 0:
+        raise UsageError("--inner-steps: maml++ expects at least 1, got 0")
     if options.inner_batch_norm == "per_step" and options.method != "maml++":
         raise UsageError(
             f"--inner-batch-norm per_step is of maml++; {options.method} has no statistics of each step"

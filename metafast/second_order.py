@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,12 +139,13 @@ def go_backward(ends: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tenso
 
 def explained(engine: Engine, module: nn.Module, rows: Tensor, error: Exception) -> SecondOrderError:
     """The error that the backward pass of an inner loop ended with, in words."""
-    with warnings.catch_warnings():
+    findings = []
+    # A module that cannot be copied, or not be called in float64 and on its own, has no places to be told.
+    with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         findings = [f for f in _examine(engine, module, rows, {})[0] if f.kind == MISSING]
     if not findings:
         operator = _operator(error, set())
-        # In this dtype, on this device or of this task alone.
         findings = [Finding(MISSING, type(module).__name__, operator, _remedy(operator, error))]
     return SecondOrderError("; ".join(map(str, findings)))
 
@@ -159,8 +162,11 @@ class _Unit(nn.Module):
         super().__init__()
         self.module = module
         self._flat, self._shape = tree_flatten((call.args, call.kwargs))
-        self._place = next((k for k, value in enumerate(self._flat) if _floats(value)), None)
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        tensors = [k for k, value in enumerate(self._flat) if isinstance(value, Tensor) and value.dim() > 0]
+        # Of integers too, which are not scaled.
+        self._place = next((k for k in tensors if _floats(self._flat[k])), tensors[0] if tensors else None)
+        device = None if self._place is None else self._flat[self._place].device
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64, device=device))
 
     @property
     def rows(self) -> Tensor | None:
@@ -169,7 +175,7 @@ class _Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = list(self._flat)
         assert self._place is not None
-        flat[self._place] = x * self.scale
+        flat[self._place] = x * self.scale if _floats(x) else x
         args, kwargs = tree_unflatten(flat, self._shape)
         outputs = [
             value.reshape(-1) for value in tree_flatten(self.module(*args, **kwargs))[0] if _floats(value)
@@ -214,7 +220,7 @@ def _examine(
 
 def _path(engine: Engine, model: nn.Module, x: Tensor, options: dict[str, Any]) -> str:
     """How the engine adapts the model itself."""
-    targets = torch.zeros(1, x.shape[0], dtype=torch.float64)
+    targets = torch.zeros(1, x.shape[0], dtype=torch.float64, device=x.device)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         # Of a step with a loss by name, which the fused operators take, and of no step at all.
@@ -275,12 +281,12 @@ def _check(engine: Engine, module: nn.Module, call: _Call, options: dict[str, An
         return _Checked({})
     known.add(unit)
     random = torch.Generator().manual_seed(0)
-    x = torch.stack([unit.rows, unit.rows * 0.9])
-    y = torch.zeros(x.shape[:2], dtype=torch.float64)
+    x = torch.stack([unit.rows, unit.rows * 0.9 if _floats(unit.rows) else unit.rows])
+    y = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
     start = {name: value.detach().clone().requires_grad_() for name, value in unit.named_parameters()}
 
     def loss(outputs: Tensor, _: Tensor) -> Tensor:
-        place = torch.arange(outputs.numel(), dtype=torch.float64)
+        place = torch.arange(outputs.numel(), dtype=torch.float64, device=outputs.device)
         return (outputs * place.add(1).sin()).mean() + outputs.square().mean() / 2
 
     def value(parameters: dict[str, Tensor]) -> Tensor:
@@ -322,7 +328,8 @@ def _agrees(
     One agreement is enough: a kink within the distance makes an honest derivative differ.
     """
     for step in _STEPS:
-        way = [torch.randn(v.shape, generator=random, dtype=torch.float64) for v in start.values()]
+        drawn = (torch.randn(v.shape, generator=random, dtype=torch.float64) for v in start.values())
+        way = [value.to(v.device) for value, v in zip(drawn, start.values(), strict=True)]
         slope = sum(float((g * w).sum()) for g, w in zip(found, way, strict=True) if g is not None)
         above, below = (
             {
@@ -332,6 +339,9 @@ def _agrees(
             for away in (step, -step)
         )
         difference = float((value(above) - value(below)).detach()) / (2 * step)
+        if not math.isfinite(difference + slope):
+            # There is nothing to compare.
+            return True
         if abs(difference - slope) <= _TOLERANCE * (abs(difference) + abs(slope)) + 1e-9:
             return True
     return False

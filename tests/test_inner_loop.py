@@ -669,6 +669,52 @@ def test_dropout_is_of_each_task_and_the_same_when_recomputed() -> None:
     assert_same(*found, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_in_a_loop_over_tasks_is_the_same_in_the_backward_pass(recompute: bool) -> None:
+    """What vmap drew before it gave up is drawn again, in every loop of a module, and trials draw nothing."""
+
+    class Last(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1 + 0 * float(x.detach().sum()))
+
+    module = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Linear(8, 8), nn.Dropout(0.5), Last()).double()
+    x, y = torch.rand(2, 4, 8, dtype=torch.float64), torch.randint(0, WAYS, (2, 4))
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(*values: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        own = dict(zip(names, values, strict=True))
+        adapted = inner_loop(module, x, y, 0.5, 2, parameters=own, recompute=recompute)
+        return torch.cat([value.flatten(1) for value in adapted.parameters.values()], 1)
+
+    inputs = [value.detach().clone().requires_grad_() for value in module.parameters()]
+    for _ in range(2):
+        assert gradcheck(function, inputs, fast_mode=True)
+    function(*inputs)
+    drawn = torch.rand(())
+    with torch.no_grad():
+        function(*inputs)
+    assert torch.equal(torch.rand(()), drawn)
+
+
+def test_outputs_of_several_tensors() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, 2 * y
+
+    module = Two(8, WAYS).double()
+    tasks = make("linear")[1]
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs[0] + outputs[1], targets)
+
+    outputs: Any = inner_loop(module, *tasks[:2], 0.2, 2, loss=loss)(tasks[2])
+    assert [value.shape for value in outputs] == [(TASKS, QUERY, WAYS)] * 2
+    assert torch.equal(outputs[1], 2 * outputs[0])
+
+
 def test_without_gradients_nothing_is_recorded() -> None:
     module, tasks = make("blocks")
     expected = inner_loop(module, *tasks[:2], 0.2, 2)(tasks[2])
@@ -817,6 +863,7 @@ def test_the_modules_own_error_is_raised() -> None:
 
 X, Y = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
 LINE = nn.Linear(4, 2)
+NORMED = nn.Sequential(LINE, nn.BatchNorm1d(2))
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "module": (
         lambda: inner_loop(torch.relu, X, Y, 0.1, 1),  # type: ignore[arg-type]
@@ -946,9 +993,26 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "state: expected an Adapted.state, got dict",
     ),
     "state names": (
-        lambda: inner_loop(LINE, X, Y, 0.1, 1, state=OptimizerState(1, {"weight": X})),
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, state=OptimizerState("sgd", 1, {"weight": X})),
         ValueError,
         "state: expected the names of the parameters that adapt, ['weight', 'bias'], got ['weight']",
+    ),
+    "state of another": (
+        lambda: inner_loop(LINE, X, Y, 0.1, 1, optimizer="adam", state=OptimizerState("sgd", 1, {})),
+        ValueError,
+        "state: expected that of optimizer 'adam', got that of 'sgd'",
+    ),
+    "state shape": (
+        lambda: inner_loop(
+            LINE, X, Y, 0.1, 1, state=OptimizerState("sgd", 1, {"weight": torch.ones(3, 2, 4), "bias": X})
+        ),
+        ValueError,
+        "state: expected [2, 4] or [2, 2, 4] for 'weight', got [3, 2, 4]",
+    ),
+    "statistics of steps": (
+        lambda: inner_loop(NORMED, X, Y, 0.1, 1, per_step={"1.running_mean": torch.zeros(2, 2)}),
+        ValueError,
+        "per_step: running statistics have no part in batch_norm 'transductive'",
     ),
     "rate kind": (lambda: inner_loop(LINE, X, Y, "0.1", 1), TypeError, "lr: expected a number, got str"),
 }

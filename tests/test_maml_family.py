@@ -194,12 +194,13 @@ def test_running_statistics_of_each_step(name):
     before = deepcopy(dict(learner.model.named_buffers()))
     assert torch.equal(learner(episodes).logits, transductive(episodes).logits)
     assert all(torch.equal(value, before[key]) for key, value in learner.model.named_buffers() if value.dim())
-    tables = dict(zip(learner.running_names, learner.running_statistics(), strict=True))
+    names = [key for key in learner.running_names if not key.endswith("tracked")]
+    tables = dict(zip(names, learner.running_statistics(), strict=True))
     assert len(tables) == 2 * len([m for m in learner.model.modules() if isinstance(m, _BatchNorm)])
     for key, table in tables.items():
         start = 0.0 if key.endswith("mean") else 1.0
         assert all(not torch.allclose(row, torch.full_like(row, start)) for row in table), key
-    assert not torch.allclose(tables[learner.running_names[0]][0], tables[learner.running_names[0]][2])
+    assert not torch.allclose(tables[names[0]][0], tables[names[0]][2])
     # An episode's outputs in evaluation depend on no other rows of it.
     learner.eval()
     kept = {key: table.clone() for key, table in tables.items()}
@@ -221,6 +222,50 @@ def test_running_statistics_of_each_step(name):
         ValueError, match="steps: expected at most 2 in training, which there are rates for, got 5"
     ):
         learner(episodes)
+
+
+def test_what_maml_plus_plus_leaves_alone():
+    """BatchNorm that does not train, the model of a constructor that fails, and the parameters' dtype."""
+    model = normed()
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.requires_grad_(False)
+    assert len(MAMLPlusPlus(model).scales) == 0
+    model = normed()
+    with pytest.raises(ValueError, match="lr"):
+        MAMLPlusPlus(model, lr=-1.0)
+    assert all(value.requires_grad for value in model.parameters())
+    learner = MAMLPlusPlus(model.double(), 0.1, 2)
+    assert learner.rates.dtype == torch.float64 and float(learner.rates[0, 0].detach()) == 0.1
+    learner.steps = 0
+    assert learner.train()(classes()).loss.isfinite()
+
+
+def test_cumulative_statistics_of_each_step():
+    """Without a momentum they are the mean over the calls, of each row by itself."""
+    torch.manual_seed(0)
+    model = normed()
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = None
+    learner = MAMLPlusPlus(model, 0.1, 2, batch_norm="per_step", multi_step=0).double().train()
+    found = []
+    for seed in range(2):
+        learner(classes(seed=seed))
+        found.append(learner.running_statistics()[0].clone())
+    fresh = {key: torch.zeros_like(value) for key, value in learner.named_buffers() if "running_" in key}
+    learner.load_state_dict({**learner.state_dict(), **fresh})
+    learner(classes(seed=1))
+    torch.testing.assert_close(found[1], (found[0] + learner.running_statistics()[0]) / 2)
+
+
+@pytest.mark.parametrize("encoder", [nn.Identity, lambda: MLP((5, 4)).requires_grad_(False)])
+def test_proto_maml_of_an_encoder_that_does_not_adapt(encoder):
+    """The head adapts, from the prototypes."""
+    learner = ProtoMAML(encoder(), 0.1, 2).double()
+    first = learner(classes()).loss
+    learner.steps = 0
+    assert first.isfinite() and not torch.equal(first, learner(classes()).loss)
 
 
 def test_a_part_of_the_steps_moves_its_own_rows():
@@ -443,6 +488,16 @@ def test_a_resumed_run_goes_on(make, tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (
+            lambda: MAMLPlusPlus(normed(), adapt=["1", "2"]),
+            ValueError,
+            "adapt: expected nothing that step_scales learns for each step, got '2.weight'",
+        ),
+        (
+            lambda: Reptile(mlp(), recompute=True),
+            TypeError,
+            "recompute: Reptile differentiates through no step",
+        ),
         (lambda: MAMLPlusPlus(mlp(), steps=0), ValueError, "steps: expected at least 1, got 0"),
         (lambda: MAMLPlusPlus(mlp(), multi_step=-1), ValueError, "multi_step: expected 0 or more, got -1"),
         (

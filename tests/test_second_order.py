@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from metafast import cli, inner_loop
 from metafast.data import Episodes
 from metafast.inner_loop import BatchingWarning
-from metafast.learners import MAML
+from metafast.learners import MAML, ProtoMAML
 from metafast.second_order import MISSING, SLOW, WRONG, SecondOrderError, examine_model
 from tests.test_inner_loop import MODULES
 
@@ -252,6 +252,52 @@ def test_only_the_first_loop_goes_backward(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) == 2
 
 
+@pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
+def test_an_operator_is_named_where_its_module_cannot_be_told() -> None:
+    """A module that casts, one that cannot be copied, and the head of ProtoMAML."""
+
+    class Casts(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x.float())
+            return y + torch.cdist(y, y + 1)[:, :1]
+
+    class Unique(Casts):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("there is one alone")
+
+    for kind in (Casts, Unique):
+        with pytest.raises(SecondOrderError, match=f"_cdist_backward in {kind.__name__}; metafast.cdist"):
+            inner_loop(kind(8, 3), ROWS, LABELS, 0.1, 1)
+    episodes = Episodes(ROWS, LABELS, ROWS, LABELS, 3)
+    with pytest.raises(SecondOrderError, match="marked as once_differentiable in Sequential; leave out"):
+        ProtoMAML(Model(Once.apply), steps=1)(episodes)
+
+
+def test_integers_and_values_that_are_not_finite() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.middle = nn.Embedding(7, 8), Middle(PLANTED["cdist"][0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.middle(self.embedding(x))
+            return out
+
+    (finding,) = examine_model(inner_loop, Tokens(), torch.randint(0, 7, (4,))).findings
+    assert finding.kind == MISSING and finding.module == "middle (Middle)"
+    assert examine_model(inner_loop, Model(torch.log), torch.randn(4, 8)).findings == []
+
+
+def test_proto_maml_goes_backward_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each call makes a model of its own around the encoder."""
+    calls: list[int] = []
+    monkeypatch.setattr(sys.modules["metafast.inner_loop"], "go_backward", lambda *args: calls.append(1))
+    learner, episodes = ProtoMAML(Model(torch.sin)), Episodes(ROWS, LABELS, ROWS, LABELS, 3)
+    for _ in range(3):
+        learner(episodes)
+    assert len(calls) == 1
+
+
 def test_other_errors_of_a_backward_pass_stay_what_they_are() -> None:
     class Fails(Detached):
         @staticmethod
@@ -282,6 +328,17 @@ def test_the_doctor_of_the_command_line(
         "    def __init__(self):\n"
         "        super().__init__(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.ReLU(), nn.Linear(4, 3))\n"
         "good = Good()\n"
+        "class Pair(nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(8, 3)\n"
+        "    def forward(self, x, y=None):\n"
+        "        return x, y\n"
+        "class Two(Pair):\n"
+        "    def forward(self, x, y):\n"
+        "        return x\n"
+        "def broken():\n"
+        "    raise KeyError('size')\n"
+        "empty = nn.Flatten()\n"
     )
     monkeypatch.chdir(tmp_path)
     assert cli.main(["doctor", "--model", "planted_models:Bad", "--input", "8"]) == 1
@@ -302,7 +359,7 @@ def test_the_doctor_of_the_command_line(
     for arguments, text in (
         (
             ["planted_models:Bad"],
-            "--input 1 28 28: planted_models:Bad cannot be called with such rows: mat1 and mat2",
+            "--input 1 28 28: planted_models:Bad cannot be called with such rows: RuntimeError: mat1",
         ),
         (
             ["planted_models:Worse"],
@@ -314,6 +371,13 @@ def test_the_doctor_of_the_command_line(
             "--model: expected module:name, such as package.models:Net, got 'planted_models'",
         ),
         (["math:inf"], "--model: math:inf does not give a model: 'float' object is not callable"),
+        (["planted_models:Two", "--input", "8"], "cannot be called with such rows: TypeError: "),
+        (
+            ["planted_models:Pair", "--input", "8"],
+            "expected a tensor of outputs from planted_models:Pair, got tuple",
+        ),
+        (["planted_models:broken"], "--model: planted_models:broken does not give a model: 'size'"),
+        (["planted_models:empty"], "--model: planted_models:empty has no parameters that adapt"),
         (["builtins:dict"], "--model: expected a torch.nn.Module from builtins:dict, got dict"),
     ):
         capsys.readouterr()

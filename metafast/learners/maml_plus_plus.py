@@ -72,23 +72,32 @@ class MAMLPlusPlus(MAML):
         _check.sizes(steps=steps)
         per_step = batch_norm == "per_step"
         norms = _norms(model)
+        own = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
         scales = [f"{name}.{kind}" for name, norm in norms for kind in ("weight", "bias") if norm.affine]
-        if step_scales:
-            # Their rows for each step stand in their place.
-            for _, norm in norms:
-                norm.requires_grad_(False)
+        # Those that train, whose rows for each step stand in their place.
+        scales = [name for name in scales if step_scales and own[name].requires_grad]
+        if options.get("adapt") is None and scales:
+            options["adapt"] = [n for n, value in own.items() if value.requires_grad and n not in scales]
         super().__init__(model, lr, steps, batch_norm="running" if per_step else batch_norm, **options)
+        twice = [name for name in scales if name in self.adapt]
+        if twice:
+            raise ValueError(
+                f"adapt: expected nothing that step_scales learns for each step, got {twice[0]!r}"
+            )
+        for name in scales:
+            own[name].requires_grad_(False)
         self.batch_norm = batch_norm
         self.multi_step = multi_step
         self.first_order_steps = first_order_steps
         self.trained_steps = steps
-        self.rates = nn.Parameter(torch.full((len(self.adapt), steps), float(lr)), requires_grad=learn_lr)
-        parameters = dict(model.named_parameters())
-        self.scale_names = scales if step_scales else []
-        self.scales = nn.ParameterList(self._rows(parameters[name]) for name in self.scale_names)
+        like = own[self.adapt[0]]
+        rates = torch.full((len(self.adapt), steps), float(lr), dtype=like.dtype, device=like.device)
+        self.rates = nn.Parameter(rates, requires_grad=learn_lr)
+        self.scale_names = scales
+        self.scales = nn.ParameterList(self._rows(own[name]) for name in scales)
         self.running_names: list[str] = []
         for name, norm in norms if per_step else ():
-            for kind in ("running_mean", "running_var"):
+            for kind in ("running_mean", "running_var", "num_batches_tracked"):
                 value = getattr(norm, kind)
                 if value is not None:
                     self.register_buffer(f"running_{len(self.running_names)}", self._rows(value))
@@ -100,6 +109,9 @@ class MAMLPlusPlus(MAML):
 
     def running_statistics(self) -> list[Tensor]:
         """Tensors that follow the data in training: several processes make them the mean of theirs."""
+        return [table for table in self._running() if table.is_floating_point()]
+
+    def _running(self) -> list[Tensor]:
         return [self.get_buffer(f"running_{k}") for k in range(len(self.running_names))]
 
     def after_step(self) -> None:
@@ -118,7 +130,7 @@ class MAMLPlusPlus(MAML):
     def step_weights(self) -> list[float]:
         """Those of the losses after 1 ... K inner steps, in the training step that comes next."""
         k, done = self.steps, int(self.iterations)
-        if done >= self.multi_step:
+        if done >= self.multi_step or k == 0:
             return [0.0] * (k - 1) + [1.0]
         part = done / self.multi_step
         other = max((1 - part) / k, SMALLEST_SHARE / k)
@@ -129,7 +141,7 @@ class MAMLPlusPlus(MAML):
             raise ValueError(
                 f"steps: expected at most {self.trained_steps} in training, which there are rates for, got {self.steps}"
             )
-        rows = [*self.scales, *self.running_statistics()]
+        rows = [*self.scales, *self._running()]
         table = dict(zip([*self.scale_names, *self.running_names], rows, strict=True))
         if self.steps != self.trained_steps:
             # A part of the rows is a view, whose running statistics can follow; rows beyond are copies.

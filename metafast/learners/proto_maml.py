@@ -15,6 +15,7 @@ from metafast.inner_loop import Adapted, inner_loop
 from metafast.learners._base import classified, require_classes
 from metafast.learners.outcome import Outcome
 from metafast.prototype import prototypes
+from metafast.second_order import known
 
 
 class ProtoMAML(nn.Module):
@@ -74,18 +75,16 @@ class ProtoMAML(nn.Module):
         require_classes(episodes)
         rows = episodes.support_x, episodes.support_y
         with torch.autocast(episodes.device.type, enabled=False):
-            # The features that the first step begins with; a loss by name would compare them with the labels.
-            seen_again = self.training and self.batch_norm == "running"
-            policy = "transductive" if seen_again else self.batch_norm
-            features = inner_loop(self.encoder, *rows, self.lr, 0, loss=cross_entropy, batch_norm=policy)(
-                rows[0]
-            )
+            features = self._features(*rows)
             if features.dim() != 3:
                 raise ValueError(f"encoder: expected features [T, n, d], got {list(features.shape)}")
             means = prototypes(features, rows[1], episodes.ways)
             head = nn.Linear(features.shape[2], episodes.ways, device="meta", dtype=features.dtype)
-            return inner_loop(
-                nn.Sequential(self.encoder, head),
+            model = nn.Sequential(self.encoder, head)
+            if self.encoder in known:
+                known.add(model)
+            adapted = inner_loop(
+                model,
                 *rows,
                 self.lr,
                 self.steps,
@@ -94,6 +93,25 @@ class ProtoMAML(nn.Module):
                 batch_norm=self.batch_norm,
                 recompute=self.recompute,
             )
+            if model in known:
+                # The model of the next call is another, of the same encoder.
+                known.add(self.encoder)
+            return adapted
+
+    def _features(self, support_x: Tensor, support_y: Tensor) -> Tensor:
+        """Those that the first step begins with, ``[T, n, d]``."""
+        names = [name for name, _ in self.encoder.named_parameters()]
+        if not names:
+            found: Tensor = torch.vmap(self.encoder, randomness="different")(support_x)
+            return found
+        # The steps see them again, and running statistics would follow twice.
+        again = self.training and self.batch_norm == "running"
+        policy = "transductive" if again else self.batch_norm
+        # A loss by name would compare the features with the labels.
+        adapted = inner_loop(
+            self.encoder, support_x, support_y, self.lr, 0, loss=cross_entropy, adapt=names, batch_norm=policy
+        )
+        return adapted(support_x)
 
     def forward(self, episodes: Episodes) -> Outcome:
         adapted = self.adapted(episodes)

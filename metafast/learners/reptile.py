@@ -58,6 +58,9 @@ class Reptile(MAML):
         beta2: float = 0.999,
         **options: Any,
     ) -> None:
+        for name in ("first_order", "recompute"):
+            if name in options:
+                raise TypeError(f"{name}: Reptile differentiates through no step and has no such option")
         _check.sizes(batch_size=batch_size)
         _check.choice(optimizer, "optimizer", OPTIMIZERS)
         _check.number(beta2, "beta2")
@@ -93,7 +96,7 @@ class Reptile(MAML):
             squares = dict(zip(self.adapt, self.running_statistics(), strict=True))
             slots = {name: (torch.zeros_like(value), value) for name, value in squares.items()}
             given |= {"optimizer": "adam", "betas": (0.0, self.beta2)}
-            given["state"] = OptimizerState(int(self.inner_steps), slots)
+            given["state"] = OptimizerState("adam", int(self.inner_steps), slots)
         with torch.no_grad():
             return super().adapted(episodes, **{**given, **options})
 

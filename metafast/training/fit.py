@@ -158,8 +158,9 @@ def fit(
         clip_norm: a gradient (of all the optimiser's parameters together) whose Euclidean norm is greater is
             scaled down to this norm.
         tasks_at_once: go forward and backward through so many tasks of a step at a time and sum the gradients, which
-            bounds the memory of a step (:func:`metafast.predicted_memory` tells how many fit); the update is that of
-            all at once, to rounding. None: all. For learners whose loss is the mean over tasks, without BatchNorm over
+            bounds the memory of a step (:func:`metafast.predicted_memory` tells how many fit); the gradients are those
+            of all at once, to rounding. What follows the data, such as running statistics and Reptile's mean squares,
+            follows it part by part. None: all. For learners whose loss is the mean over tasks, without BatchNorm over
             the images of several.
         precision: ``"bfloat16"`` and ``"float16"`` run the learner under autocast; distances, losses,
             parameters and validation stay in float32. For float16 the loss is scaled
@@ -231,8 +232,7 @@ def fit(
     else:
         recorded["schedule"] = type(schedule).__name__
     recorded |= {"clip_norm": clip_norm, "precision": precision, "validate_every": validate_every}
-    if tasks_at_once is not None:
-        recorded["tasks_at_once"] = tasks_at_once
+    recorded["tasks_at_once"] = tasks_at_once
     recorded["validation_episodes"] = None if validation is None else validation_episodes
     if validation is not None:
         recorded["batch_norm"] = mode
@@ -573,8 +573,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         numbers = torch.zeros(4, dtype=torch.float64, device=self.device)
         numbers[3] = stop
-        tasks = episodes.tasks
-        at_once = self.tasks_at_once or max(tasks, 1)
+        tasks = max(episodes.tasks, 1)
+        at_once = self.tasks_at_once or tasks
         for first in range(0, tasks, at_once):
             part = episodes[first : first + at_once]
             numbers[:3] += self._go_through(part, weight * (part.tasks / tasks))
