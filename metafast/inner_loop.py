@@ -124,6 +124,7 @@ def inner_loop(
     Raises:
         TypeError: wrong kind of an argument.
         ValueError: unknown names, sizes that do not fit, numbers out of range.
+        RuntimeError: ``recompute`` while a CUDA graph is captured.
         SecondOrderError: an operator of the module has no second derivative; it is named. The module's first loop that
             records one goes backward once to find out.
 
@@ -149,6 +150,10 @@ def inner_loop(
         raise ValueError("per_step: running statistics have no part in batch_norm 'transductive'")
     _check_batches(batches, steps, support_x)
     _check_state(state, optimizer, start, tasks, own)
+    if recompute and support_x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "recompute: a CUDA graph that is being captured cannot draw the random numbers of a step again"
+        )
     rates = _rates(lr, steps, {name: own[name] for name in names})
     shared = all(start[name].dim() == own[name].dim() for name in names)
     plain = optimizer == "sgd" and truncate is None and batches is None and state is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,8 @@ Engine = Callable[..., Any]
 
 #: What is wrong, in the order of its weight: it raises, it is silently wrong, or it is slow.
 MISSING, WRONG, SLOW = "no second derivative", "wrong second derivative", "task after task"
+#: Nothing can be said, since values are not finite.
+UNKNOWN = "not compared"
 #: Of the differences that a derivative is compared with; and how far it may be from them, relative to both.
 _STEPS, _TOLERANCE = (1e-5, 1e-7, 1e-8), 1e-4
 _RATE = 0.05
@@ -55,6 +56,7 @@ _SLOW: Mapping[str, tuple[str | None, str]] = {
     ),
     "in-place|inplace|broadcast shape": (None, "write the result to a new tensor in place of an old one"),
 }
+_FINITE = "look at it with a model and rows that give numbers"
 _SLOW_OTHERWISE = "see https://docs.pytorch.org/docs/stable/func.ux_limitations.html for what vmap can call"
 
 
@@ -71,7 +73,7 @@ class Finding:
     """Something that keeps a module from exact or fast second order.
 
     Attributes:
-        kind: ``"no second derivative"``, ``"wrong second derivative"`` or ``"task after task"``.
+        kind: ``"no second derivative"``, ``"wrong second derivative"``, ``"task after task"`` or ``"not compared"``.
         module: the innermost module that it happens in, by its name in the model (``""``: the model itself), with its
             class.
         operator: what does not work, as far as it is known.
@@ -86,7 +88,7 @@ class Finding:
     @property
     def fatal(self) -> bool:
         """Whether gradients are missing or wrong."""
-        return self.kind != SLOW
+        return self.kind in (MISSING, WRONG)
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.operator} in {self.module}; {self.remedy}"
@@ -118,7 +120,7 @@ def examine_model(engine: Engine, model: nn.Module, rows: Tensor, **options: Any
         options: of ``engine``, such as ``batch_norm``.
     """
     findings, path = _examine(engine, model, rows, options)
-    order = (MISSING, WRONG, SLOW)
+    order = (MISSING, WRONG, UNKNOWN, SLOW)
     return Report(
         path, sorted(findings, key=lambda finding: order.index(finding.kind)), _notes(model, options)
     )
@@ -211,6 +213,8 @@ def _examine(
         if kind == SLOW:
             about, remedy = _slow(module, error)
             return [Finding(kind, where, " or ".join(sorted(functions)) or about, remedy)]
+        if kind == UNKNOWN:
+            return [Finding(kind, where, "outputs or gradients that are not finite", _FINITE)]
         operator = _operator(error, functions)
         return [Finding(kind, where, operator, _DETACHED if kind == WRONG else _remedy(operator, error))]
 
@@ -277,7 +281,8 @@ class _Checked(NamedTuple):
 def _check(engine: Engine, module: nn.Module, call: _Call, options: dict[str, Any]) -> _Checked:
     """Adapt the module by one step on two tasks, and compare the derivative of the outputs with differences."""
     unit = _Unit(module, call)
-    if unit.rows is None:
+    # Rows that are not finite are another module's doing.
+    if unit.rows is None or not bool(unit.rows.isfinite().all()):
         return _Checked({})
     known.add(unit)
     random = torch.Generator().manual_seed(0)
@@ -310,10 +315,14 @@ def _check(engine: Engine, module: nn.Module, call: _Call, options: dict[str, An
     if isinstance(slow, Exception):
         kinds[SLOW] = slow
     if MISSING not in kinds:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not _agrees(value, start, found, random):
-                kinds[WRONG] = RuntimeError("")
+        numbers = [outcome, *(g for g in found if g is not None)]
+        if not all(bool(number.isfinite().all()) for number in numbers):
+            kinds[UNKNOWN] = RuntimeError("")
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if not _agrees(value, start, found, random):
+                    kinds[WRONG] = RuntimeError("")
     return _Checked(kinds)
 
 
@@ -339,9 +348,6 @@ def _agrees(
             for away in (step, -step)
         )
         difference = float((value(above) - value(below)).detach()) / (2 * step)
-        if not math.isfinite(difference + slope):
-            # There is nothing to compare.
-            return True
         if abs(difference - slope) <= _TOLERANCE * (abs(difference) + abs(slope)) + 1e-9:
             return True
     return False
