@@ -36,6 +36,13 @@ def test_the_peak_of_the_tensors_that_live() -> None:
         # Two of them lived at one time, and a view is none of its own.
         z = y.view(50, 100)[:3]
     assert live.peak == 40000 and z.shape == (3, 100)
+    del y, z
+    with Peak() as live:
+        y = x.exp()
+        del y
+        # The freed one counts no more, and its place is not taken for it.
+        y = torch.cat([x, x])
+    assert live.peak == 40000 and y.shape == (200, 50)
     with Peak() as live:
         x.add_(1.0).mul_(2.0)
     assert live.peak == 0
