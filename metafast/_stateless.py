@@ -79,6 +79,59 @@ def fused_form(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -
     return Form(layers, _ACTIVATIONS[between[0]] if between else "relu", flattens, all(biased))
 
 
+class FirstLayer:
+    """A linear layer that sees the module's rows themselves, whose weight stays within reach of the support rows.
+
+    Every step adds to the weight a combination of its input's rows, the same support rows X each time:
+    :math:`W_t = W_0 + D_t^T X`, and :math:`W_t z = W_0 z + D_t^T (X z)` for any row z. So the layer is given the
+    products with W_0 and with X, made once for all tasks and steps, and the n rows of D adapt in place of its weight:
+    its derivative with respect to :math:`X D_t` is the step of D.
+
+    Attributes:
+        name: the weight's.
+        flattens: whether rows are flattened before.
+    """
+
+    def __init__(self, name: str, flattens: bool) -> None:
+        self.name, self.flattens = name, flattens
+        self._change: Tensor | None = None
+
+    def watch(self, tensors: Mapping[str, Tensor]) -> None:
+        """Before a call with these tensors, in which the weight's place is taken by what its change adds."""
+        self._change = tensors[self.name]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight is not self._change:
+            return functional.linear(x, weight, bias)
+        return x + weight if bias is None else x + weight + bias
+
+
+def first_layer(module: nn.Module, x: Tensor) -> FirstLayer | None:
+    """A linear layer that ``x [T, n, ...]`` reach as they are, or flattened, if the module begins with one and it is
+    cheaper to adapt as a :class:`FirstLayer`."""
+    prefix, flattens, layer = "", False, module
+    while type(layer) in (nn.Sequential, MLP):
+        if is_hooked(layer):
+            return None
+        children = list(layer.named_children())
+        if children and type(children[0][1]) is nn.Flatten and not flattens:
+            flatten: Any = children.pop(0)[1]
+            if (flatten.start_dim, flatten.end_dim) != (1, -1) or is_hooked(flatten):
+                return None
+            flattens = True
+        if not children:
+            return None
+        prefix, layer = f"{prefix}{children[0][0]}.", children[0][1]
+    if type(layer) is not nn.Linear or is_hooked(layer) or not prefix or not (flattens or x.dim() == 3):
+        return None
+    weight, rows = layer.weight, x.shape[1]
+    others = [value for name, value in module.named_parameters(remove_duplicate=False) if value is weight]
+    entries = weight.shape[0] * weight.shape[1]
+    if len(others) > 1 or weight.dtype != x.dtype or x.shape[2:].numel() != weight.shape[1]:
+        return None
+    return FirstLayer(f"{prefix}weight", flattens) if rows * sum(weight.shape) < entries // 2 else None
+
+
 class Statistics:
     """What the BatchNorm layers of a call normalised by, where their running statistics are to follow it."""
 
@@ -103,11 +156,11 @@ class Statistics:
 
 @contextlib.contextmanager
 def stateless(
-    module: nn.Module, batch_norm: str, own_weights: bool, statistics: Statistics
+    module: nn.Module, batch_norm: str, own_weights: bool, statistics: Statistics, first: FirstLayer | None
 ) -> Iterator[None]:
     """Inside, calls of ``module`` change no running statistics, and know none if they are transductive; its
     convolutional blocks are computed as those of :class:`metafast.Conv4`, and :class:`_Forms` stand in for torch's
-    functions. ``statistics`` sees what the running ones would have followed.
+    functions. ``statistics`` sees what the running ones would have followed, ``first`` stands for the first layer.
 
     ``own_weights``: it is called by vmap, with other weights for each task.
     """
@@ -132,7 +185,7 @@ def stateless(
                     call_block, layer, update=lambda norm, *found: statistics.add(norm.running_mean, *found)
                 )
                 blocks.append(layer)
-        with _Forms(own_weights, statistics):
+        with _Forms(own_weights, statistics, first):
             yield
     finally:
         for block in blocks:
@@ -152,7 +205,7 @@ class _Forms(TorchFunctionMode):
     Layer, batch and instance normalisation: https://github.com/pytorch/functorch/issues/534, open since 2022.
     """
 
-    def __init__(self, own_weights: bool, statistics: Statistics) -> None:
+    def __init__(self, own_weights: bool, statistics: Statistics, first: FirstLayer | None) -> None:
         super().__init__()
         batch_norm = partial(_batch_norm, statistics=statistics)
         self.forms: dict[Any, Callable[..., Tensor]] = {
@@ -165,6 +218,8 @@ class _Forms(TorchFunctionMode):
         }
         if own_weights:
             self.forms[functional.conv2d] = _conv2d
+        if first is not None:
+            self.forms[functional.linear] = first.linear
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

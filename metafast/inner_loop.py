@@ -22,8 +22,10 @@ from metafast._inner_loss import LOSSES
 from metafast._stateless import (
     BATCH_NORM_POLICIES,
     OUTPUT_LOSSES,
+    FirstLayer,
     Form,
     Statistics,
+    first_layer,
     fused_form,
     stateless,
 )
@@ -165,23 +167,31 @@ def inner_loop(
             if form.single:
                 options |= {"momentum": momentum, "weight_decay": weight_decay}
             return _Fused(form, start, own, (support_x, support_y), rates, steps, options)
+    leaves = [start, fixed, by_step, rates, support_x]
+    first: _First | None = None
+    seen: Tensor | _Products = support_x
+    along_gradients = optimizer == "sgd" and momentum == weight_decay == 0 and state is None
+    if steps and along_gradients and batches is None and not _check.autocasts(support_x):
+        first = _first(module, start, own, rates, support_x)
+    if first is not None:
+        seen = first.of_support
+        start = {**start, first.layer.name: support_x.new_zeros(seen.products.shape[1:])}
     stacked = {
         name: value if value.dim() > own[name].dim() else value.expand(tasks, *value.shape)
         for name, value in start.items()
     }
     function = _Function(
-        module, fixed, by_step, OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss, batch_norm
+        module, fixed, by_step, OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss, batch_norm, first
     )
     rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
     constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
-    leaves = [start, fixed, by_step, rates, support_x]
     trace, begun = [stacked], 0 if state is None else state.steps
     slots: Any = {} if state is None else state.slots
     for t in range(steps):
         # All tasks share the first step's weights, which makes it cheaper.
         alike = shared and t == 0
         step = _Step(function, rule, begun + t, alike, t < constant)
-        rows = (support_x, support_y)
+        rows = (seen, support_y)
         if batches is not None:
             rows = (support_x.index_select(1, batches[t]), support_y.index_select(1, batches[t]))
         arguments = (start if alike else trace[-1], slots, _rate_of(rates, t), function.fixed(t), *rows)
@@ -226,6 +236,53 @@ def _require_second_order(module: nn.Module, support_x: Tensor, ends: Named, lea
     except NotImplementedError as error:
         known.discard(module)
         raise explained(inner_loop, module, support_x[0], error) from error
+
+
+class _Products(NamedTuple):
+    """What a first layer is given of rows: ``[T, m, out]``, products with its initial weight; ``[T, m, n]``, with the
+    support rows."""
+
+    products: Tensor
+    with_support: Tensor
+
+    def added(self, own: Named, name: str) -> Named:
+        """The parameters of a call: in the weight's place what its change adds to the products."""
+        return {**own, name: self.with_support @ own[name]}
+
+
+class _First:
+    """A module's :class:`FirstLayer` with its initial weight, and the support rows that its changes combine."""
+
+    def __init__(self, layer: FirstLayer, weight: Tensor, support_x: Tensor) -> None:
+        self.layer = layer
+        self._weight, self._support = weight, self._rows(support_x)
+        self.of_support = self.of(support_x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.flatten(2) if self.layer.flattens else x
+
+    def of(self, x: Tensor) -> _Products:
+        rows = self._rows(x)
+        # One product for all tasks: torch may make a copy of the weight for each of them otherwise.
+        products = rows.flatten(0, 1) @ self._weight.mT
+        return _Products(products.unflatten(0, rows.shape[:2]), rows @ self._support.mT)
+
+    def weights(self, change: Tensor) -> Tensor:
+        """Those of the tasks, ``[T, out, in]``."""
+        return self._weight + change.mT @ self._support
+
+
+def _first(module: nn.Module, start: Named, own: Named, rates: Any, support_x: Tensor) -> _First | None:
+    """The module's first layer, if all its steps are along its rows' gradients, which are as one for a rate alone."""
+    layer = first_layer(module, support_x)
+    if layer is None or layer.name not in start or start[layer.name].dim() != own[layer.name].dim():
+        return None
+    of_weight = [
+        rate[layer.name] for rate in (rates if isinstance(rates, list) else [rates]) if isinstance(rate, dict)
+    ]
+    if any(isinstance(rate, Tensor) and rate.dim() for rate in of_weight):
+        return None
+    return _First(layer, start[layer.name], support_x)
 
 
 class OptimizerState(NamedTuple):
@@ -356,9 +413,10 @@ class _Stacked(Adapted):
     def path(self) -> str:  # type: ignore[override]
         return "batched" if self._function.batched else "loop"
 
-    @property
+    @cached_property
     def parameters(self) -> Named:  # type: ignore[override]
-        return self._trace[-1]
+        own, first = self._trace[-1], self._function.first
+        return own if first is None else {**own, first.layer.name: first.weights(own[first.layer.name])}
 
     def __call__(self, x: Tensor) -> Tensor:
         out, statistics = self._function.outputs(self._trace[-1], self._shared, self._steps, x)
@@ -386,8 +444,9 @@ class _Function:
         by_step: Named,
         loss: Callable[[Tensor, Tensor], Tensor],
         batch_norm: str,
+        first: _First | None,
     ) -> None:
-        self.module, self.loss, self.batch_norm = module, loss, batch_norm
+        self.module, self.loss, self.batch_norm, self.first = module, loss, batch_norm, first
         self.batched = True
         self._fixed, self._by_step = fixed, by_step
         self._statistics = Statistics()
@@ -419,6 +478,8 @@ class _Function:
         buffers = {name: fixed.get(name, value).clone() for name, value in self.module.named_buffers()}
         tensors = {**fixed, **buffers, **own}
         self._statistics.watch(tensors)
+        if self.first is not None:
+            self.first.layer.watch(tensors)
         out: Tensor = functional_call(self.module, tensors, (x,))
         return tree_map(_from_autocast, out), self._statistics.take()
 
@@ -429,6 +490,9 @@ class _Function:
         if x.dim() < 2 or x.shape[0] != tasks:
             raise ValueError(f"x: expected rows [{tasks}, m, ...], got {list(x.shape)}")
         fixed = self.fixed(step)
+        if self.first is not None:
+            of_rows = self.first.of(x)
+            own, x = of_rows.added(own, self.first.layer.name), of_rows.products
         if shared:
             own = {name: value[0] for name, value in own.items()}
 
@@ -445,10 +509,15 @@ class _Function:
             return found
 
     def gradients(
-        self, own: Named, shared: bool, fixed: Named, x: Tensor, y: Tensor, create_graph: bool
+        self, own: Named, shared: bool, fixed: Named, seen: Tensor | _Products, y: Tensor, create_graph: bool
     ) -> tuple[Named, Found]:
         """Those of each task's loss, ``[T, ...]``, and the batch statistics; ``shared`` as of :meth:`outputs`."""
-
+        if isinstance(seen, Tensor):
+            x = seen
+        else:
+            x = seen.products
+            if self.first is not None and not shared:
+                own = seen.added(own, self.first.layer.name)
         # float16 has no numbers as small as gradients of a mean often are.
         half = _check.autocasts(x) and torch.get_autocast_dtype(x.device.type) == torch.float16
         scale = HALF_SCALE if half else 1.0
@@ -491,7 +560,13 @@ class _Function:
     def _prepared(self, shared: bool) -> Iterator[None]:
         # Fused attention and cuDNN's recurrent layers have no second derivative.
         with (
-            stateless(self.module, self.batch_norm, self.batched and not shared, self._statistics),
+            stateless(
+                self.module,
+                self.batch_norm,
+                self.batched and not shared,
+                self._statistics,
+                None if self.first is None else self.first.layer,
+            ),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=False) if _recurs(self.module) else contextlib.nullcontext(),
         ):
@@ -590,11 +665,11 @@ class _Step(NamedTuple):
     constant: bool
 
     def __call__(
-        self, own: Named, slots: Any, rate: Rate, fixed: Named, x: Tensor, y: Tensor
+        self, own: Named, slots: Any, rate: Rate, fixed: Named, seen: Tensor | _Products, y: Tensor
     ) -> tuple[Named, Any, Found]:
         record = torch.is_grad_enabled() and not self.constant
         with contextlib.nullcontext() if record else torch.no_grad():
-            grads, statistics = self.function.gradients(own, self.shared, fixed, x, y, create_graph=record)
+            grads, statistics = self.function.gradients(own, self.shared, fixed, seen, y, create_graph=record)
         return *self.rule(own, grads, slots, rate, self.number), statistics
 
 

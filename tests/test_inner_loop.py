@@ -16,8 +16,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from metafast import Conv4, inner_loop
+from metafast import MLP, Conv4, inner_loop
+from metafast._stateless import first_layer
 from metafast.inner_loop import BatchingWarning, OptimizerState
 from tests.cases import assert_same
 
@@ -92,6 +94,20 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "mlp with batch norm": (
         lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, WAYS)),
         VECTORS,
+        "batched",
+    ),
+    "wide first layer": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(128, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, WAYS)
+        ),
+        IMAGES,
+        "batched",
+    ),
+    "wide first layer inside": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(40, 80, bias=False), nn.Sigmoid()), nn.Linear(80, WAYS), nn.Tanh()
+        ),
+        (40,),
         "batched",
     ),
     "blocks": (lambda: nn.Sequential(block(2, 4), block(4, 3), *head(12)), IMAGES, "batched"),
@@ -275,7 +291,7 @@ def test_recomputed_steps(name: str) -> None:
     agree(name, lr, 2, recompute=True)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "grouped", "branches"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer inside", "grouped", "branches"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -319,7 +335,7 @@ def test_values_are_those_of_torch_optim(optimizer: str) -> None:
             torch.testing.assert_close(adapted.parameters[key][t], value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "blocks"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks"])
 @pytest.mark.parametrize("kind", ["number", "scalar", "tensors", "elements", "steps of tensors", "steps"])
 def test_rates(name: str, kind: str) -> None:
     """Every form of the rate, with its gradient."""
@@ -347,7 +363,7 @@ def test_rates(name: str, kind: str) -> None:
     assert_same(outer(adapted(tasks[2]), tasks, leaves), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "blocks", "branches"])
+@pytest.mark.parametrize("name", ["mlp", "wide first layer", "blocks", "branches"])
 @pytest.mark.parametrize("truncate", [0, 1, 2, 5])
 @pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
 def test_truncated(name: str, truncate: int) -> None:
@@ -389,7 +405,7 @@ def test_what_requires_no_gradient_does_not_adapt() -> None:
     assert_same(actual, outer(expected, tasks, [first.bias]), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "blocks", "branches"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks", "branches"])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
 def test_initial_values_of_each_task(name: str, steps: int) -> None:
@@ -409,7 +425,7 @@ def test_initial_values_of_each_task(name: str, steps: int) -> None:
     assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "blocks"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks"])
 def test_after_each_step(name: str) -> None:
     """The loss of every step, as MAML++ weights them."""
     module, tasks = make(name)
@@ -422,6 +438,55 @@ def test_after_each_step(name: str) -> None:
         assert {key: tuple(value.shape) for key, value in own.parameters.items()} == shapes
     with pytest.raises(ValueError, match="step: expected at most 3, those that were taken, got 4"):
         adapted.after(4)
+
+
+def test_a_first_layer_adapts_by_its_support_rows_alone() -> None:
+    """Which modules begin with one, and that its weight of each task is made only where it is asked for."""
+
+    def wide(*layers: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(64, 32), *layers)
+
+    def found(module: nn.Module, rows: int = 5, *shape: int) -> str | None:
+        layer = first_layer(module, torch.empty(2, rows, *(shape or (64,))))
+        return None if layer is None else layer.name
+
+    assert found(wide(nn.GELU())) == "0.weight"
+    assert found(nn.Sequential(wide(), nn.GELU())) == "0.0.weight"
+    assert found(nn.Sequential(nn.Flatten(), wide()), 5, 1, 8, 8) == "1.0.weight"
+    assert found(MLP((64, 32, 3), batch_norm=True)) == "1.weight"
+    # 2 x 32 x 64 / 4 = 1,024 = 10.7 x (32 + 64)
+    assert (found(wide(), 10), found(wide(), 11)) == ("0.weight", None)
+    assert found(wide(), 5, 4, 64) is None, "more than one row of the layer for one of the module"
+    assert found(wide(), 5, 63) is None, "rows that do not fit, which the layer's own error tells"
+    assert found(wide().double()) is None
+    assert found(nn.Linear(64, 32)) is None, "a layer alone is a fused operator"
+    assert found(nn.Sequential(nn.ReLU(), nn.Linear(64, 32))) is None
+    assert found(nn.Sequential(nn.Flatten(2), wide())) is None
+    assert found(nn.Sequential()) is None
+    assert found(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 32)))) is None
+    tied = wide(nn.Linear(64, 32))
+    tied[1].weight = tied[0].weight
+    assert found(tied) is None
+    for k in range(2):
+        hooked = nn.Sequential(wide())
+        list(hooked.modules())[k].register_forward_hook(lambda *_: None)
+        assert found(hooked) is None
+
+    module, tasks = make("wide first layer")
+    adapted = inner_loop(module, *tasks[:2], 0.1, 2)
+    sizes: set[tuple[int, ...]] = set()
+
+    class Sees(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            sizes.add(tuple(out.shape) if isinstance(out, Tensor) else ())
+            return out
+
+    with Sees():
+        inner_loop(module, *tasks[:2], 0.1, 2)(tasks[2]).sum().backward()
+    weights = (TASKS, 32, 128)
+    assert weights not in sizes and (TASKS, 128, 32) not in sizes
+    assert adapted.parameters["1.weight"].shape == weights
 
 
 def test_a_loss_of_ones_own() -> None:
@@ -829,7 +894,7 @@ def test_recomputation_keeps_less() -> None:
     assert again[1] - again[0] < 0.2 * (plain[1] - plain[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", "blocks", "Conv4", "layer norm"])
+@pytest.mark.parametrize("name", ["mlp", "wide first layer", "blocks", "Conv4", "layer norm"])
 def test_compiles_whole(name: str) -> None:
     """A meta-step as one graph, with the gradients of the eager one."""
     module, tasks = make(name)
