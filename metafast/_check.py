@@ -167,7 +167,8 @@ def _rate(value: Any, name: str, like: Tensor) -> None:
     same_device(value, name, like, "inputs")
 
 
-def positive(value: float, name: str) -> None:
+def positive(value: Any, name: str) -> None:
+    number(value, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 

@@ -408,15 +408,20 @@ class _Stacked(Adapted):
     ) -> None:
         self._function, self._trace, self._steps, self._shared = function, trace, steps, shared
         self.state = state
+        self._made: Named | None = None
 
     @property
     def path(self) -> str:  # type: ignore[override]
         return "batched" if self._function.batched else "loop"
 
-    @cached_property
+    @property
     def parameters(self) -> Named:  # type: ignore[override]
         own, first = self._trace[-1], self._function.first
-        return own if first is None else {**own, first.layer.name: first.weights(own[first.layer.name])}
+        if first is None:
+            return own
+        if self._made is None:
+            self._made = {**own, first.layer.name: first.weights(own[first.layer.name])}
+        return self._made
 
     def __call__(self, x: Tensor) -> Tensor:
         out, statistics = self._function.outputs(self._trace[-1], self._shared, self._steps, x)

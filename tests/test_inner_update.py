@@ -45,6 +45,16 @@ def test_containers(kind: Any) -> None:
     assert sgd_update(kind(), kind(), 0.1) == kind()
 
 
+def test_gradients_that_lie_transposed_are_summed_as_others() -> None:
+    """As those of the weights of all tasks come from a product; rows and columns alike."""
+    for shape, tasks in (((4, 3), (5,)), ((3, 3), (5, 2)), ((2, 1, 3), (4,)), ((1, 3), (2,))):
+        param = rows(*shape).requires_grad_()
+        out = sgd_update([param], [rows(*tasks, *shape)], 0.1)[0]
+        upstream = rows(*tasks, *shape).mT.contiguous().mT
+        (found,) = torch.autograd.grad(out, [param], upstream)
+        assert_same(found, upstream.contiguous().sum_to_size(shape), 1e-15)
+
+
 def test_one_node_and_an_aliased_gradient() -> None:
     params, grads = ([rows(3, 2).requires_grad_(), rows(4).requires_grad_()] for _ in range(2))
     out = sgd_update(params, grads, 0.1)

@@ -14,6 +14,7 @@ from metafast.backbones import MLP
 from metafast.data import Episodes
 from metafast.learners import BOIL, MAML, MAMLPlusPlus, ProtoMAML, ProtoNet, Reptile
 from metafast.training import evaluate, fit
+from tests.cases import assert_same
 from tests.test_adapting_learners import assert_same_training, classes, descend, each, waves
 
 
@@ -514,6 +515,7 @@ def test_a_resumed_run_goes_on(make, tmp_path):
             "beta2: expected a number from 0 to below 1, got 1.0",
         ),
         (lambda: ProtoMAML(3), TypeError, r"encoder: expected a torch\.nn\.Module, got int"),
+        (lambda: MAML(mlp(), "fast"), TypeError, "lr: expected a number, got str"),
         (lambda: ProtoMAML(nn.Identity(), 0.0), ValueError, "lr: expected a positive finite number, got 0.0"),
         (
             lambda: ProtoMAML(mlp()).double()(waves()),
@@ -535,6 +537,40 @@ def test_wrong_arguments_are_named(make, error, message):
 def test_representations_name_the_settings():
     assert "lr=0.01, steps=5, first_order=False" in repr(ProtoMAML(nn.Identity()))
     assert "lr=0.1, steps=5, loss='cross_entropy'" in repr(MAMLPlusPlus(mlp()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MAMLPlusPlus(MLP((5, 4, 3), batch_norm=True), 0.1, 1, multi_step=4),
+        lambda: Reptile(MLP((5, 4, 3), batch_norm=True), 0.01, 1, batch_size=4),
+        lambda: ProtoMAML(MLP((5, 4), batch_norm=True), 0.1, 1),
+    ],
+    ids=["maml++", "reptile", "protomaml"],
+)
+def test_a_learner_compiles_whole(make):
+    """What counts the training steps goes on doing so; ProtoMAML has seen such episodes once before."""
+    torch.manual_seed(0)
+    eager = make().double()
+    eager(classes())
+    learner = deepcopy(eager)
+
+    def step(*tensors):
+        return learner(Episodes(*tensors, ways=3)).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        episodes = classes(seed=seed)
+        rows = (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
+        results = []
+        for who, call in ((eager, lambda *_: eager(episodes).loss), (learner, compiled)):  # noqa: B023
+            torch.manual_seed(seed)
+            leaves = [value for value in who.parameters() if value.requires_grad]
+            loss = call(*rows)
+            results.append([loss, *torch.autograd.grad(loss, leaves), *who.buffers()])
+            if isinstance(who, MAMLPlusPlus):
+                who.after_step()
+        assert_same(*results, 1e-12)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -15,7 +15,6 @@ from metafast.inner_loop import Adapted, inner_loop
 from metafast.learners._base import classified, require_classes
 from metafast.learners.outcome import Outcome
 from metafast.prototype import prototypes
-from metafast.second_order import known
 
 
 class ProtoMAML(nn.Module):
@@ -29,6 +28,7 @@ class ProtoMAML(nn.Module):
     them to the encoder. Then encoder and head take K steps of gradient descent on the support rows, in one
     :func:`metafast.inner_loop`. There is no learnt head, and so any number of ways, in training and evaluation alike.
     All of it computes in the parameters' dtype, under autocast too.
+    To be compiled whole it is called once before, with as many classes.
 
     Source: Triantafillou et al., "Meta-Dataset: A Dataset of Datasets for Learning to Learn from Few Examples" (2020).
 
@@ -69,6 +69,8 @@ class ProtoMAML(nn.Module):
         self.first_order = first_order
         self.batch_norm = batch_norm
         self.recompute = recompute
+        # A learner compiled whole finds them made: torch.compile makes no parameters.
+        self._models: dict[tuple[int, int, torch.dtype], nn.Sequential] = {}
 
     def adapted(self, episodes: Episodes) -> Adapted:
         """Encoder and head after ``steps`` on the support rows of each task."""
@@ -79,12 +81,8 @@ class ProtoMAML(nn.Module):
             if features.dim() != 3:
                 raise ValueError(f"encoder: expected features [T, n, d], got {list(features.shape)}")
             means = prototypes(features, rows[1], episodes.ways)
-            head = nn.Linear(features.shape[2], episodes.ways, device="meta", dtype=features.dtype)
-            model = nn.Sequential(self.encoder, head)
-            if self.encoder in known:
-                known.add(model)
-            adapted = inner_loop(
-                model,
+            return inner_loop(
+                self._model(features.shape[2], episodes.ways, features.dtype),
                 *rows,
                 self.lr,
                 self.steps,
@@ -93,10 +91,14 @@ class ProtoMAML(nn.Module):
                 batch_norm=self.batch_norm,
                 recompute=self.recompute,
             )
-            if model in known:
-                # The model of the next call is another, of the same encoder.
-                known.add(self.encoder)
-            return adapted
+
+    def _model(self, features: int, ways: int, dtype: torch.dtype) -> nn.Sequential:
+        """The encoder and a head whose weights are given in the call."""
+        model = self._models.get((features, ways, dtype))
+        if model is None or model[0] is not self.encoder:
+            head = nn.Linear(features, ways, device="meta", dtype=dtype)
+            model = self._models[features, ways, dtype] = nn.Sequential(self.encoder, head)
+        return model
 
     def _features(self, support_x: Tensor, support_y: Tensor) -> Tensor:
         """Those that the first step begins with, ``[T, n, d]``."""
