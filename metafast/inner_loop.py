@@ -84,7 +84,9 @@ def inner_loop(
     A linear layer, and a ``Sequential`` of linear layers with one kind of activation, is a fused operator
     (:func:`metafast.adapt_linear`, :func:`metafast.adapt_mlp`). Any other module is called by ``torch.func.vmap`` with
     the weights of all tasks stacked; a module that cannot be, task after task, with a warning. ``Adapted.path`` says
-    which it was. The module itself, its buffers and its gradients are left as they are (but for ``batch_norm``).
+    which it was. The module itself, its buffers and its gradients are left as they are (but for ``batch_norm``). A wide
+    linear layer that the rows reach first keeps what they add to its weight, while plain SGD with one rate for it
+    adapts it: no task's weight is made then, unless ``Adapted.parameters`` is asked for.
 
     Under autocast the module computes as its operators do there, while parameters, steps and losses stay as they are;
     a fused operator computes in float32. For float16 the inner losses are scaled by 1,024 and their gradients back,
