@@ -17,6 +17,7 @@ from metafast._stateless import BATCH_NORM_POLICIES
 from metafast.config import UsageError, nearest, option_names, read_config
 from metafast.inner_loop import OPTIMIZERS as INNER_OPTIMIZERS
 from metafast.learners.protonet import METRICS
+from metafast.learners.relation import LOSSES as RELATION_LOSSES
 from metafast.methods import BACKBONES, INNER_BATCH_NORM, METHODS, OPTIMIZERS, methods_with
 from metafast.mlp import ACTIVATIONS
 from metafast.sources import ALL, SINUSOID, SOURCES, SPLITS
@@ -314,7 +315,12 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "what adapts (default: mlp for maml, metasgd and sinusoid, else conv4)",
         choices=BACKBONES,
     )
-    add("--channels", "channels of the Conv4 encoder (default: 64)", type=_positive_int, metavar="N")
+    add(
+        "--channels",
+        "channels of the encoder, Conv4 or that of relation networks (default: 64)",
+        type=_positive_int,
+        metavar="N",
+    )
     add(
         "--episode-statistics",
         "in training, BatchNorm normalises each episode by its own images, not by those of all episodes of a step",
@@ -328,7 +334,10 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--learn-temperature", "train the temperature too", action=_Switch)
     add("--regularisation", "initial factor of the identity in the ridge regression (default: 50)", **number)
-    add("--scale", "initial factor of the logits (default: 10)", **number)
+    add("--scale", "factor of the logits, at first of r2d2's (default: 10)", **number)
+    add("--learn-scale", "train the factor too", action=_Switch)
+    add("--full-context", "embed every image in the context of the support images", action=_Switch)
+    add("--relation-loss", "of the scores (default: mse)", choices=RELATION_LOSSES)
     add("--hidden", "widths of the hidden layers (default: 40 40 for sinusoid, else 256 128 64 64)",
         type=_positive_int, nargs="+", metavar="N")  # fmt: skip
     add("--activation", "of the hidden layers (default: relu)", choices=ACTIVATIONS)

@@ -395,7 +395,7 @@ def _settings(options: Options, data: _Data) -> dict[str, Any]:
     names = (*names, "data", "split", "shots", "train_queries", "tasks", "seed")
     settings = {name: getattr(options, name) for name in names}
     if "channels" in method.options:
-        settings["encoder"] = "Conv4"
+        settings["encoder"] = method.encoder
     settings |= data.settings
     if data.validation is not None:
         sampler: Any = data.validation.sampler
@@ -425,8 +425,9 @@ def _names(roots: Mapping[str, Path]) -> str:
 def _introduction(options: Options, data: _Data, device: torch.device) -> str:
     group = ranks()
     processes = f"{group.count} processes, " if group.count > 1 else ""
-    network, norm = f"Conv4-{options.channels}", ""
-    if "backbone" in METHODS[options.method].options:
+    method = METHODS[options.method]
+    network, norm = f"{method.encoder}-{options.channels}", ""
+    if "backbone" in method.options:
         if options.backbone != "conv4":
             network = f"hidden layers of {' '.join(map(str, options.hidden))}"
         if options.backbone != "mlp":

@@ -13,7 +13,21 @@ from torch import nn
 from metafast._stateless import BATCH_NORM_POLICIES
 from metafast.backbones import MLP, Conv4
 from metafast.config import UsageError
-from metafast.learners import ANIL, BOIL, MAML, R2D2, MAMLPlusPlus, MetaSGD, ProtoMAML, ProtoNet, Reptile
+from metafast.learners import (
+    ANIL,
+    BOIL,
+    MAML,
+    R2D2,
+    MAMLPlusPlus,
+    MatchingNet,
+    MetaSGD,
+    ProtoMAML,
+    ProtoNet,
+    RelationEncoder,
+    RelationHead,
+    RelationNet,
+    Reptile,
+)
 from metafast.sources import SINUSOID
 
 #: Hidden layers of an MLP: those of the MAML paper for sinusoids, and for images of Omniglot's size.
@@ -37,6 +51,7 @@ class Method:
         head: whether it has an output for each class, so that all episodes have as many ways.
         waves: whether it does regression.
         optimizer, lr, schedule: usual ones of the outer steps.
+        encoder: what has the option ``channels``.
     """
 
     make: Callable[[Settings], nn.Module]
@@ -48,6 +63,7 @@ class Method:
     optimizer: str = "adam"
     lr: float = 1e-3
     schedule: str = "step"
+    encoder: str = "Conv4"
 
 
 def _encoder(settings: Settings) -> Conv4:
@@ -62,6 +78,30 @@ def _protonet(settings: Settings) -> ProtoNet:
 def _r2d2(settings: Settings) -> R2D2:
     names = ("regularisation", "scale", "episode_statistics")
     return R2D2(_encoder(settings), **{name: settings[name] for name in names})
+
+
+def _matching(settings: Settings) -> MatchingNet:
+    encoder = _encoder(settings)
+    return MatchingNet(
+        encoder,
+        settings["scale"],
+        settings["learn_scale"],
+        full_context=encoder.features(settings["size"]) if settings["full_context"] else None,
+        episode_statistics=settings["episode_statistics"],
+    )
+
+
+def _relation(settings: Settings) -> RelationNet:
+    channels = settings["channels"]
+    try:
+        side = RelationEncoder.side(settings["size"])
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
+    return RelationNet(
+        RelationEncoder(settings["in_channels"], channels),
+        RelationHead(side, channels),
+        settings["relation_loss"],
+    )
 
 
 def _anil(settings: Settings) -> ANIL:
@@ -146,6 +186,10 @@ METHODS = {
         _protonet,
         {**_CONV4_OPTIONS, "metric": "sqeuclidean", "temperature": None, "learn_temperature": False},
     ),
+    "matching": Method(
+        _matching, {**_CONV4_OPTIONS, "scale": 10.0, "learn_scale": False, "full_context": False}
+    ),
+    "relation": Method(_relation, {"channels": 64, "relation_loss": "mse"}, encoder="RelationEncoder"),
     "anil": Method(
         _anil,
         {**_CONV4_OPTIONS, "inner_lr": 0.1, "inner_steps": 5, "learn_inner_lr": False, "first_order": False},

@@ -27,6 +27,8 @@ SMALL = {
     "protonet": ["--channels", "4", "--train-ways", "4"],
     "anil": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--learn-inner-lr"],
     "r2d2": ["--channels", "4", "--train-ways", "4", "--ways", "3"],
+    "matching": ["--channels", "4", "--train-ways", "4", "--full-context", "--learn-scale"],
+    "relation": ["--channels", "4", "--train-ways", "4", "--size", "22"],
     "maml": [
         "--hidden",
         "6",
@@ -214,6 +216,10 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
         (
             "--method protonet --inner-lr 0.1",
             "--inner-lr is an option of anil, maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
+        ),
+        (
+            "--method relation --size 16",
+            "--size: images: expected at least 22 x 22, got 16 x 16",
         ),
         (
             "--method r2d2 --inner-steps 3",

@@ -4,11 +4,13 @@ from metafast.learners.anil import ANIL
 from metafast.learners.boil import BOIL
 from metafast.learners.maml import MAML
 from metafast.learners.maml_plus_plus import MAMLPlusPlus
+from metafast.learners.matching import MatchingNet
 from metafast.learners.metasgd import MetaSGD
 from metafast.learners.outcome import Outcome
 from metafast.learners.proto_maml import ProtoMAML
 from metafast.learners.protonet import ProtoNet
 from metafast.learners.r2d2 import R2D2
+from metafast.learners.relation import RelationEncoder, RelationHead, RelationNet
 from metafast.learners.reptile import Reptile
 
 __all__ = [
@@ -17,9 +19,13 @@ __all__ = [
     "MAML",
     "R2D2",
     "MAMLPlusPlus",
+    "MatchingNet",
     "MetaSGD",
     "Outcome",
     "ProtoMAML",
     "ProtoNet",
+    "RelationEncoder",
+    "RelationHead",
+    "RelationNet",
     "Reptile",
 ]

@@ -1,0 +1,110 @@
+"""Matching networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from metafast import _check
+from metafast.data import Episodes
+from metafast.distance import pairwise_distance
+from metafast.learners._base import EncoderLearner, classified, require_classes
+from metafast.learners.outcome import Outcome
+
+#: Of the fixed order in which support rows are read.
+ORDER_SEED = 0
+
+
+class MatchingNet(EncoderLearner):
+    r"""Matching network: a query's label is that of the support rows which its features point at, by their cosine.
+
+    With features f of the query x and g of the support rows,
+
+    .. math:: p(k | x) = \sum_{i: y_i = k} softmax_i(s \cos(f(x), g(x_i))), \qquad logits = \log p
+
+    and ``loss = mean of -log p``; a class without a support row has the logit -inf. All images go through the encoder
+    in one call (see :class:`ProtoNet` for what that means for BatchNorm), under autocast if it is on; all else is
+    float32 or float64. Ways and shots may differ from call to call.
+
+    Full context embeddings: an LSTM reads the support features in a fixed random order, forward and backward, and
+    :math:`g = h_{forward} + h_{backward} + f`. Another one starts with the query's features and reads with attention:
+    :math:`h_t = LSTM([f, r_{t-1}], h_{t-1}) + f, \; r_t = \sum_i softmax_i(h_t \cdot g_i) g_i`; the last h is f.
+
+    Source: Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra, "Matching Networks for One Shot Learning" (2016), which
+    has s = 1; cosines lie between -1 and 1, so that their softmax is flat then.
+
+    Args:
+        encoder: ``[n, ...] -> [n, d]``.
+        scale: s.
+        learn_scale: make s a parameter.
+        full_context: the number of features d, for full context embeddings; None: without.
+        reading_steps: t of the query's LSTM.
+        episode_statistics: see :class:`ProtoNet`.
+
+    Raises:
+        TypeError, ValueError: numbers that are not positive; in the call, regression tasks, and features that are not
+            ``[T * (n + m), d]``.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        scale: float = 10.0,
+        learn_scale: bool = False,
+        *,
+        full_context: int | None = None,
+        reading_steps: int = 3,
+        episode_statistics: bool = False,
+    ) -> None:
+        super().__init__(encoder, episode_statistics)
+        _check.positive(scale, "scale")
+        _check.sizes(reading_steps=reading_steps)
+        self.scale: Tensor | float = nn.Parameter(torch.tensor(float(scale))) if learn_scale else float(scale)
+        self.reading_steps = reading_steps
+        self.support_reader: nn.LSTM | None = None
+        self.query_reader: nn.LSTMCell | None = None
+        if full_context is not None:
+            _check.sizes(full_context=full_context)
+            self.support_reader = nn.LSTM(full_context, full_context, batch_first=True, bidirectional=True)
+            self.query_reader = nn.LSTMCell(2 * full_context, full_context)
+
+    def forward(self, episodes: Episodes) -> Outcome:
+        require_classes(episodes)
+        support, query = self.embed(episodes)
+        with torch.autocast(support.device.type, enabled=False):
+            support, query = self._in_context(support, query)
+            cosines = 1 - pairwise_distance(query, support, "cosine")
+            logits = _label_log_probabilities(self.scale * cosines, episodes.support_y, episodes.ways)
+            return classified(logits, episodes.query_y)
+
+    def _in_context(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        if self.support_reader is None or self.query_reader is None:
+            return support, query
+        if support.shape[-1] != self.support_reader.input_size:
+            raise ValueError(
+                f"encoder: expected {self.support_reader.input_size} features, as full_context says, "
+                f"got {support.shape[-1]}"
+            )
+        order = torch.randperm(support.shape[1], generator=torch.Generator().manual_seed(ORDER_SEED))
+        order = order.to(support.device)
+        read, _ = self.support_reader(support[:, order])
+        support = support + sum(read[:, order.argsort()].chunk(2, dim=-1))
+        rows = query.flatten(0, 1)
+        hidden = cell = read_out = torch.zeros_like(rows)
+        for _ in range(self.reading_steps):
+            hidden, cell = self.query_reader(torch.cat([rows, read_out], -1), (hidden, cell))
+            hidden = hidden + rows
+            attention = (hidden.view_as(query) @ support.mT).softmax(-1)
+            read_out = (attention @ support).flatten(0, 1)
+        return support, hidden.view_as(query)
+
+    def extra_repr(self) -> str:
+        return f"scale={float(self.scale):.4g}, full_context={self.support_reader is not None}"
+
+
+def _label_log_probabilities(scores: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """``[T, m, C]``, of softmax ``scores [T, m, n]`` the logarithm of what the rows of each label ``[T, n]`` sum to."""
+    others = one_hot(labels, ways).unsqueeze(1) == 0
+    of_class = scores.unsqueeze(-1).masked_fill(others, -torch.inf).logsumexp(2)
+    return of_class - scores.logsumexp(-1, keepdim=True)
