@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import runpy
 import sys
 import warnings
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from metafast import compat
 from metafast.compat import higher
 from metafast.compat.__main__ import main
 from metafast.compat.higher import patch
+from metafast.data import SinusoidSampler, omniglot
 from tests.cases import assert_same
 
 original: Any
@@ -547,26 +550,26 @@ def test_history_of_parameters() -> None:
         assert len(fmodel._fast_params) == 4
 
 
-def test_without_tracking_nothing_of_the_graph_is_kept() -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_without_tracking_every_step_begins_with_constants(name: str) -> None:
     net, (x, y) = network(), rows()
-    for make in ALL.values():
-        with higher.innerloop_ctx(net, make(net.parameters()), track_higher_grads=False) as (fmodel, diffopt):
-            freed = []
-            for _ in range(3):
-                loss = mse_loss(fmodel(x), y)
-                freed.append(weakref.ref(fmodel.fast_params[0]))
-                diffopt.step(loss)
-                del loss
-                assert all(p.is_leaf and p.requires_grad for p in fmodel.parameters())
-                state = higher.utils.flatten(diffopt.state)
-                assert not any(isinstance(s, Tensor) and s.requires_grad for s in state)
-            gc.collect()
-            assert [ref() for ref in freed] == [None] * 3
-            assert len(fmodel._fast_params) == 1
-            with pytest.raises(ValueError, match=r"time: expected None, 0 or -1, .* got 1"):
-                fmodel.parameters(time=1)
-            with pytest.raises(RuntimeError, match="init_fast_params: the first parameters are not tracked"):
-                _ = fmodel.init_fast_params
+    # A hyperparameter with a gradient would tie what the optimiser remembers to former steps.
+    rate = torch.tensor(0.01, requires_grad=True)
+    opt = ALL[name](net.parameters())
+    with higher.innerloop_ctx(net, opt, override={"lr": [rate]}, track_higher_grads=False) as (
+        fmodel,
+        diffopt,
+    ):
+        for _ in range(3):
+            diffopt.step(mse_loss(fmodel(x), y))
+            assert all(p.is_leaf and p.requires_grad for p in fmodel.parameters())
+            remembered = higher.utils.flatten([diffopt.state, diffopt.param_groups[0]["params"]])
+            assert not any(isinstance(value, Tensor) and value.requires_grad for value in remembered)
+        assert len(fmodel._fast_params) == 1
+        with pytest.raises(ValueError, match=r"time: expected None, 0 or -1, .* got 1"):
+            fmodel.parameters(time=1)
+        with pytest.raises(RuntimeError, match="init_fast_params: the first parameters are not tracked"):
+            _ = fmodel.init_fast_params
 
 
 def test_tracking_can_be_switched() -> None:
@@ -585,9 +588,10 @@ def test_graphs_are_freed_without_the_garbage_collector() -> None:
     try:
         with higher.innerloop_ctx(net, optim.Adam(net.parameters())) as (fmodel, diffopt):
             diffopt.step(mse_loss(fmodel(x), y))
-        ref = weakref.ref(fmodel.fast_params[0])
+            fmodel[0](x)
+        refs = [weakref.ref(fmodel), weakref.ref(diffopt)]
         del fmodel, diffopt
-        assert ref() is None
+        assert [ref() for ref in refs] == [None, None]
     finally:
         gc.enable()
 
@@ -943,8 +947,6 @@ def test_scripts_run_unmodified(script: str, capsys: Any, monkeypatch: pytest.Mo
     reason="needs the Omniglot zips in $METAFAST_DATA/omniglot or ../shared/data/omniglot",
 )
 def test_maml_on_real_omniglot(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metafast.data import omniglot
-
     data = omniglot(DATA, "val", size=14, rotations=False)
     images = data.images.view(-1, 20, 1, 14, 14)[:, :4].float() / 255
     torch.save(images, tmp_path / "images.pt")
@@ -954,3 +956,70 @@ def test_maml_on_real_omniglot(tmp_path: Path, capsys: Any, monkeypatch: pytest.
     if original is not None:
         theirs = run(original, "higher_maml.py", arguments, capsys, monkeypatch)
         assert ours == pytest.approx(theirs, abs=1e-8)
+
+
+# The migration page.
+
+PAGE = (Path(__file__).parents[1] / "docs" / "migration" / "higher.md").read_text()
+NAMES = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (.*?) ?\|$", PAGE, re.MULTILINE)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def found(name: str) -> bool:
+    owner, _, rest = name.partition(".")
+    value: Any = {
+        "higher": higher,
+        "fmodel": patch.FunctionalModule,
+        "diffopt": higher.optim.DifferentiableOptimizer,
+    }[owner]
+    for part in rest.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
+
+
+@pytest.mark.parametrize(("name", "status", "note"), NAMES)
+def test_the_table_is_true(name: str, status: str, note: str) -> None:
+    assert status in ("provided", "better", "absent")
+    assert found(name) is (status != "absent")
+    assert note or status == "provided", "say what is better, or why it is absent"
+
+
+def test_the_table_is_complete() -> None:
+    names = [name for name, _, _ in NAMES]
+    assert len(set(names)) == len(names) > 50
+    modules = {"higher": higher, **{f"higher.{k}": getattr(higher, k) for k in ("optim", "patch", "utils")}}
+    ours = {f"{owner}.{name}" for owner, module in modules.items() for name in module.__all__}
+    assert ours <= set(names)
+
+
+@needs_original
+def test_the_table_has_every_public_name_of_the_original() -> None:
+    for owner in ("", ".optim", ".patch", ".utils"):
+        module = getattr(original, owner[1:]) if owner else original
+        public = {f"higher{owner}.{name}" for name in vars(module) if not name.startswith("_")}
+        assert public <= {name for name, _, _ in NAMES}
+    members = {name for name in vars(original.patch._MonkeyPatchBase) if not name.startswith("_")}
+    assert {f"fmodel.{name}" for name in members} <= {name for name, _, _ in NAMES}
+
+
+@pytest.mark.parametrize(
+    "library", [higher, pytest.param(original, marks=needs_original)], ids=["ours", "original"]
+)
+def test_the_line_that_hands_all_tasks_over_gives_the_same_numbers(double: None, library: Any) -> None:
+    one, loop, batch = BLOCKS
+    names: dict[str, Any] = {}
+    exec(one, names)
+    assert names["higher"] is higher
+    names["higher"] = library
+    drawn = SinusoidSampler(shots=5, queries=6, tasks=3)(0)
+    fields = ("support_x", "support_y", "query_x", "query_y")
+    episodes = SimpleNamespace(tasks=3, **{name: getattr(drawn, name).double() for name in fields})
+    model = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    results = []
+    for code in (loop, batch):
+        exec(code, names)
+        loss = names["meta_loss"](model, episodes)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    assert_close(*results, 1e-12)
