@@ -305,10 +305,8 @@ def test_grad_callback_takes_and_gives_all_gradients() -> None:
     diffopt = higher.get_diff_optim(opt, net.parameters(), fmodel, grad_callback=clipped)
     diffopt.step(mse_loss(fmodel(x), y))
     assert isinstance(seen[0], tuple) and [g is None for g in seen[0]] == [False, True, False, False]
-    assert (
-        max(float((p - q).abs().max()) for p, q in zip(fmodel.parameters(), net.parameters(), strict=True))
-        < 0.0101
-    )
+    moved = torch.cat([(p - q).flatten() for p, q in zip(fmodel.parameters(), net.parameters(), strict=True)])
+    assert 0 < moved.detach().abs().max() < 0.0101
     before = fmodel.fast_params
     # That of a step takes its place.
     diffopt.step(mse_loss(fmodel(x), y), grad_callback=lambda grads: [None] * 4)
@@ -624,6 +622,38 @@ def test_device_moves_parameters_buffers_and_state() -> None:
     assert fmodel[1].running_mean.device.type == "cpu"
 
 
+def test_recurrent_layers_do_without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no second derivative of them."""
+    fmodel, (x, _) = higher.monkeypatch(nn.Sequential(nn.GRU(4, 3))), rows()
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    seen = []
+    fmodel[0].check_forward_args = lambda *_: seen.append(torch.backends.cudnn.enabled)
+    fmodel(x)
+    assert seen == [False] and torch.backends.cudnn.enabled
+    assert fmodel[0].flatten_parameters() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("name", ["SGD", "SGD, momentum", "Adam", "NAdam"])
+def test_on_a_gpu(name: str) -> None:
+    """A model and a rate that stay on the CPU, and a second derivative of recurrent layers."""
+    net, (x, _) = nn.GRU(4, 3), rows()
+    opt = ALL[name](net.parameters())
+    output(net, x).square().sum().backward()
+    opt.step()
+    found = []
+    for device in ("cpu", "cuda"):
+        rate = torch.tensor(0.1, requires_grad=True)
+        with higher.innerloop_ctx(
+            net, opt, device=device, copy_initial_weights=False, override={"lr": [rate]}
+        ) as (fmodel, diffopt):
+            for _ in range(2):
+                diffopt.step(output(fmodel, x.to(device)).square().sum())
+            loss = output(fmodel, x.to(device)).square().sum()
+            found.append(values(g.cpu() for g in torch.autograd.grad(loss, [*net.parameters(), rate])))
+    assert_close(*found, 1e-5)
+
+
 def test_make_functional_has_no_parameters_yet() -> None:
     net, (x, _) = nn.Sequential(OrderedDict(first=nn.Linear(4, 3), norm=nn.BatchNorm1d(3))), rows()
     fmodel = patch.make_functional(net)
@@ -703,6 +733,9 @@ def test_the_copy_is_an_instance_with_its_methods_and_attributes() -> None:
 def test_submodules_can_be_called_with_the_latest_parameters() -> None:
     net, (x, _) = Named(), rows()
     fmodel = higher.monkeypatch(net)
+    other = deepcopy(fmodel)
+    other.update_params([p * 0 for p in other.parameters()])
+    assert not other(x).any() and torch.equal(fmodel(x), net(x))
     for factor in (1, 2, 3):
         params = [p * factor for p in net.parameters()]
         fmodel.update_params(params)

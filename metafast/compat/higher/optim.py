@@ -142,7 +142,7 @@ class DifferentiableOptimizer(ABC):
             if params is None:
                 raise ValueError("params: expected tensors, since the optimiser has no model with parameters")
         params = list(params)
-        grads = self._gradients(loss, params)
+        grads: Sequence[Tensor | None] = self._gradients(loss, params)
         callback = self._grad_callback if grad_callback is None else grad_callback
         if callback is not None:
             grads = callback(grads)
@@ -162,11 +162,11 @@ class DifferentiableOptimizer(ABC):
             self._fmodel.update_params(updated)
         return updated
 
-    def _gradients(self, loss: Tensor, params: list[Tensor]) -> Sequence[Tensor | None]:
+    def _gradients(self, loss: Tensor, params: list[Tensor]) -> tuple[Tensor | None, ...]:
         """None of what is frozen or has no part in the loss."""
         wanted = [p for p in params if p.requires_grad]
         if not wanted:
-            return [None] * len(params)
+            return (None,) * len(params)
         found = torch.autograd.grad(loss, wanted, create_graph=self._track_higher_grads, allow_unused=True)
         if len(wanted) == len(params):
             return found
@@ -214,11 +214,10 @@ class DifferentiableSGD(DifferentiableOptimizer):
                 ]
                 if group.get("maximize", False):
                     slopes = [-g for g in slopes]
-                if _steps.acts(group["weight_decay"]) or group["momentum"] != 0:
-                    slopes = [
-                        _steps.direction(p, g, states[place], group)
-                        for p, g, place in zip(params, slopes, moving, strict=True)
-                    ]
+                slopes = [
+                    _steps.direction(p, g, states[place], group)
+                    for p, g, place in zip(params, slopes, moving, strict=True)
+                ]
                 for place, value in zip(moving, _descended(params, slopes, group["lr"]), strict=True):
                     group["params"][place] = value
 
