@@ -34,8 +34,8 @@ def direction(p: Tensor, g: Tensor, state: State, group: State) -> Tensor:
 def adam(p: Tensor, g: Tensor, state: State, group: State) -> Tensor:
     r"""With :math:`c_i = 1 - \beta_i^t`: :math:`p - \alpha \sqrt{c_2} / c_1 \cdot m / (\sqrt v + \epsilon)`.
 
-    With decoupled decay, as AdamW's, :math:`\epsilon \sqrt{c_2}` is in the place of :math:`\epsilon`: the original has
-    Adam as torch had it before its version 1.3, and torch's AdamW is as in the paper.
+    That is the original's Adam, and was torch's. With decoupled decay, as in AdamW, it is torch's of today, which has
+    :math:`\epsilon \sqrt{c_2}` in the place of :math:`\epsilon`.
     """
     beta1, beta2 = group["betas"]
     t = _tick(state)

@@ -80,7 +80,8 @@ class DifferentiableOptimizer(ABC):
         track_higher_grads: bool = True,
         **kwargs: Any,
     ) -> None:
-        places = {id(p): place for place, p in enumerate(reference_params)}
+        reference = list(reference_params)
+        places = {id(p): place for place, p in enumerate(reference)}
         self.param_groups: list[dict[str, Any]] = []
         self.state: _StateType = []
         self._group_to_param_list: list[list[int]] = []
