@@ -644,6 +644,8 @@ def test_device_moves_parameters_buffers_and_state() -> None:
             tensors = [*fmodel.parameters(), *fmodel.buffers(), diffopt.state[0][0]["momentum_buffer"]]
             assert all(t.device.type == "meta" for t in tensors)
             assert all(p.requires_grad for p in fmodel.parameters())
+            diffopt.step(fmodel(x.to("meta")).sum())
+            assert all(p.device.type == "meta" and p.grad_fn is not None for p in fmodel.parameters())
     patch.buffer_sync(net, fmodel, device="cpu")
     assert fmodel[1].running_mean.device.type == "cpu"
 

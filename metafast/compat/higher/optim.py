@@ -226,7 +226,7 @@ class DifferentiableSGD(DifferentiableOptimizer):
 def _descended(params: list[Tensor], grads: list[Tensor], lr: Any) -> Iterable[Tensor]:
     if not isinstance(lr, Tensor):
         return torch._foreach_add(params, grads, alpha=-lr)
-    return torch._foreach_addcmul(params, grads, [lr.to(p) for p in params], value=-1)
+    return torch._foreach_addcmul(params, grads, [lr.to(p.device) for p in params], value=-1)
 
 
 class DifferentiableAdam(_ByParameter):
