@@ -34,17 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command: list[str] = options.module or options.script
     if not command:
         parser.error("expected script.py or -m module")
+    script = Path(command[0])
+    if not options.module and not script.is_file():
+        parser.error(f"{script}: no such file")
     compat.install(*options.libraries)
     sys.argv[:] = command
     if options.module:
         runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-        return
-    script = Path(command[0])
-    if not script.is_file():
-        parser.error(f"{script}: no such file")
-    # As `python script.py` has it, in place of the current folder that -m puts there.
-    sys.path[0] = str(script.resolve().parent)
-    runpy.run_path(str(script), run_name="__main__")
+    else:
+        # As `python script.py` has it, in place of the current folder that -m puts there.
+        sys.path[0] = str(script.resolve().parent)
+        runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":
