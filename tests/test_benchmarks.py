@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, ceilings, inner_mlp, memory, peers, ratios, report, training
+from benchmarks import cases, ceilings, compat, inner_mlp, memory, peers, ratios, report, training
 from benchmarks.cases import OURS, TOLERANCE, Case, Goal, Inputs, Sizes, Variant
 from metafast import reference
 
@@ -398,3 +399,43 @@ def test_every_way_of_the_memory_benchmark_runs(way: str, monkeypatch: pytest.Mo
     found = memory.once(way, 1, threads)
     assert found["peak_bytes"] > 2**20
     assert ("predicted_bytes" in found) == way.startswith("metafast")
+
+
+@pytest.mark.parametrize("workload", compat.WORKLOADS, ids=lambda w: f"{w.library}, {w.name}")
+def test_workloads_of_the_drop_in_modules(workload: compat.Workload) -> None:
+    """They run on ours, and the line that hands all tasks over gives the same numbers."""
+    ours = importlib.import_module(f"metafast.compat.{workload.library}")
+    found = workload.of(ours)()
+    if workload.handed_over is not None:
+        compat.same(workload.handed_over()(), found)
+
+
+def test_a_drop_in_module_is_timed_against_its_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    def imported(name: str) -> Any:
+        if name == "absent":
+            raise ImportError("no absent here")
+        return name
+
+    monkeypatch.setattr(compat, "import_module", imported)
+    seconds = {"original": 0.4, "metafast": 0.2, "handed over": 0.01}
+    monkeypatch.setattr(compat, "interleaved", lambda runs, _: {name: seconds[name] for name in runs})
+
+    def of(library: str) -> compat.Run:
+        return lambda: [torch.ones(2)]
+
+    record = compat.measured(compat.Workload("rows", "higher", of, 2.0, lambda: of("")), 1.0)
+    assert record["ratio"] == pytest.approx({"metafast": 2, "handed over": 40})
+    assert (
+        compat.described(record) == "higher: rows: original 400 ms; metafast 200 ms (2.00x, gate 2), "
+        "handed over 10 ms (40.00x, gate 20)"
+    )
+    away = compat.measured(compat.Workload("rows", "absent", of, 2.0), 1.0)
+    assert compat.described(away) == "absent: rows: unavailable: no absent here"
+    with pytest.raises(AssertionError):
+        compat.measured(compat.Workload("rows", "higher", of, 2.0, lambda: lambda: [torch.zeros(2)]), 1.0)
+
+
+def test_runs_take_turns() -> None:
+    order: list[str] = []
+    medians = compat.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 0.0)
+    assert order == ["a", "b"] * 5 and medians.keys() == {"a", "b"}
