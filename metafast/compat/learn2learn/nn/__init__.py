@@ -1,0 +1,30 @@
+"""Classifiers and layers."""
+
+from metafast.compat.learn2learn.nn import metalayers, misc, protonet
+from metafast.compat.learn2learn.nn.kroneckers import (
+    KroneckerLinear,
+    KroneckerLSTM,
+    KroneckerRNN,
+    kronecker_addmm,
+)
+from metafast.compat.learn2learn.nn.metalayers import MetaModule, ParameterTransform
+from metafast.compat.learn2learn.nn.misc import Flatten, Lambda, Scale, freeze, unfreeze
+from metafast.compat.learn2learn.nn.protonet import PrototypicalClassifier
+
+__all__ = [
+    "Flatten",
+    "KroneckerLSTM",
+    "KroneckerLinear",
+    "KroneckerRNN",
+    "Lambda",
+    "MetaModule",
+    "ParameterTransform",
+    "PrototypicalClassifier",
+    "Scale",
+    "freeze",
+    "kronecker_addmm",
+    "metalayers",
+    "misc",
+    "protonet",
+    "unfreeze",
+]
