@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ def compute_prototypes(support: Tensor, labels: Tensor) -> Tensor:
     return means.reshape(-1, *support.shape[1:])
 
 
+def _normalized(x: Tensor, epsilon: float = EPS) -> Tensor:
+    """Rows ``[n, d]`` divided by their lengths plus ``epsilon``."""
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + epsilon)
+
+
 class PrototypicalClassifier(nn.Module):
     """Minus the distance of queries to the class means of a support set.
 
@@ -39,6 +45,9 @@ class PrototypicalClassifier(nn.Module):
         normalize: divide prototypes and queries by their lengths.
     """
 
+    #: Of the class the function; of a classifier, as in the original, whether it normalises.
+    normalize: Any = staticmethod(_normalized)
+
     def __init__(
         self,
         support: Tensor | None = None,
@@ -52,8 +61,7 @@ class PrototypicalClassifier(nn.Module):
             raise ValueError(f"distance: expected euclidean, cosine or a function, got {distance!r}")
         self.distance: Callable[[Tensor, Tensor], Tensor]
         self.distance = named[distance] if isinstance(distance, str) else distance
-        # As in the original, it hides the function of the class.
-        self.normalize = normalize or distance == "cosine"  # type: ignore[method-assign,assignment]
+        self.normalize = normalize or distance == "cosine"
         self.prototypes: Tensor | None = None
         if support is not None and labels is not None:
             self.fit_(support, labels)
@@ -74,11 +82,6 @@ class PrototypicalClassifier(nn.Module):
         """The squared distances, ``[queries, prototypes]``."""
         return pairwise_distance(queries, prototypes)
 
-    @staticmethod
-    def normalize(x: Tensor, epsilon: float = EPS) -> Tensor:
-        """Rows ``[n, d]`` divided by their lengths plus ``epsilon``."""
-        return _normalized(x, epsilon)
-
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[m, classes]`` of features ``[m, d]``.
 
@@ -89,7 +92,3 @@ class PrototypicalClassifier(nn.Module):
         if self.normalize:
             x = _normalized(x)
         return -self.distance(self.prototypes, x)
-
-
-def _normalized(x: Tensor, epsilon: float = EPS) -> Tensor:
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + epsilon)
