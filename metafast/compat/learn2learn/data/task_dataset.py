@@ -75,6 +75,10 @@ class Draft(Sequence[DataDescription]):
         """Of the rows that are not interleaved."""
         return [label for label, members in self.groups for _ in members]
 
+    @property
+    def is_written(self) -> bool:
+        return self._written is not None
+
     def written(self) -> list[DataDescription]:
         """The description. Its owner may change it, and the samples are made one by one from now on."""
         if self._written is None:
@@ -85,7 +89,7 @@ class Draft(Sequence[DataDescription]):
 
     def batch(self) -> list[Any] | None:
         """``[x, y]`` of all samples at once; None where that is not possible."""
-        if self._written is not None or not self.stages:
+        if not self.stages:
             return None
         load, *others = self.stages
         if not isinstance(load, Load):
@@ -168,13 +172,12 @@ class Taskset:
 
     def get_task(self, task_description: Iterable[DataDescription]) -> Any:
         """The data of a description."""
-        if isinstance(task_description, Draft):
-            if self.task_collate is default_collate and len(task_description):
-                task = task_description.batch()
-                if task is not None:
-                    return task
-            # Whatever happens to the samples, the description stays as it is.
-            return self.task_collate([_made(row, task_description.stages) for row in task_description.rows()])
+        if isinstance(task_description, Draft) and not task_description.is_written:
+            task = task_description.batch() if self.task_collate is default_collate else None
+            if task is not None:
+                return task
+            stages = task_description.stages
+            return self.task_collate([_made(row, stages) for row in task_description.rows()])
         return self.task_collate([_made(sample.index, sample.transforms) for sample in task_description])
 
     def sample(self) -> Any:
