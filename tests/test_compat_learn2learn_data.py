@@ -89,8 +89,8 @@ def pipelines(transforms: Any, data: Any) -> dict[str, list[Any]]:
 
 
 #: What learn2learn 0.2.0 (its .pyx compiled by Cython 3, Python 3.11) draws from these after ``random.seed(7)``:
-#: indices and labels of ``sample()``, ``[0]`` and ``next(iter())``, and the 32 random bits that follow. For the last two
-#: ``random.sample`` was made to take sets, as it did before Python 3.11.
+#: indices and labels of ``sample()``, ``[0]`` and ``next(iter())``, and the 32 random bits that follow. For the last
+#: two ``random.sample`` was made to take sets, as it did before Python 3.11.
 RECORDED: dict[str, tuple[str, str, str, str]] = {
     "ways, shots": (
         "52 34 2 59 10 18 : 0 0 2 2 1 1",

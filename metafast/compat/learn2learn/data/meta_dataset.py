@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from metafast.compat.learn2learn.data.utils import OnDeviceDataset
+from metafast.compat.learn2learn.data.utils import LabelledImages, OnDeviceDataset
 from metafast.data._pickle import load_plain_pickle
 
 Indices = dict[Any, list[int]]
@@ -99,10 +99,12 @@ class MetaDataset(Dataset[Any]):
             self._keep(_by_label(indices_to_labels.items()), indices_to_labels)
         else:
             tensors = tensors_of(self.dataset)
-            if tensors is None:
-                labels = [_single(self.dataset[i][1]) for i in range(len(self.dataset))]
-            else:
+            if tensors is not None:
                 labels = tensors[1].tolist()
+            elif isinstance(self.dataset, LabelledImages):
+                labels = self.dataset.all_labels()
+            else:
+                labels = [_single(self.dataset[i][1]) for i in range(len(self.dataset))]
             self._keep(_by_label(enumerate(labels)), dict(enumerate(labels)))
 
     def _keep(self, labels_to_indices: Any, indices_to_labels: Any) -> None:

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import Any, overload
 
 from torch.utils.data import default_collate
@@ -33,6 +34,10 @@ class Stage:
 
     def __call__(self, data: Any) -> Any:
         raise NotImplementedError
+
+    def of(self, label: Any) -> Callable[[Any], Any]:
+        """What is called with each sample of this label."""
+        return self
 
     def batch(self, data: list[Any], labels: Sequence[Any]) -> list[Any] | None:
         """Of all samples ``[x [n, ...], y [n]]`` with these labels at once; None where it has to be one by one."""
@@ -72,8 +77,17 @@ class Draft(Sequence[DataDescription]):
         return rows
 
     def labels(self) -> list[Any]:
-        """Of the rows that are not interleaved."""
+        """Of the rows."""
+        if self.interleaved:
+            pairs = [(row, label) for label, members in self.groups for row in members]
+            return [label for _, label in sorted(pairs, key=itemgetter(0))]
         return [label for label, members in self.groups for _ in members]
+
+    def made(self) -> Iterator[tuple[int, list[Callable[[Any], Any]]]]:
+        """The rows, and what is called for each."""
+        of = {label: [stage.of(label) for stage in self.stages] for label, _ in self.groups}
+        for row, label in zip(self.rows(), self.labels(), strict=True):
+            yield row, of[label]
 
     @property
     def is_written(self) -> bool:
@@ -82,9 +96,11 @@ class Draft(Sequence[DataDescription]):
     def written(self) -> list[DataDescription]:
         """The description. Its owner may change it, and the samples are made one by one from now on."""
         if self._written is None:
-            self._written = [DataDescription(row) for row in self.rows()]
-            for description in self._written:
-                description.transforms.extend(self.stages)
+            self._written = []
+            for row, calls in self.made():
+                description = DataDescription(row)
+                description.transforms.extend(calls)
+                self._written.append(description)
         return self._written
 
     def batch(self) -> list[Any] | None:
@@ -94,7 +110,7 @@ class Draft(Sequence[DataDescription]):
         load, *others = self.stages
         if not isinstance(load, Load):
             return None
-        if others and (self.interleaved or load.dataset is not self.dataset):
+        if others and load.dataset is not self.dataset:
             return None
         data = batch_of(load.dataset, self.rows())
         labels = self.labels() if others else []
@@ -176,8 +192,7 @@ class Taskset:
             task = task_description.batch() if self.task_collate is default_collate else None
             if task is not None:
                 return task
-            stages = task_description.stages
-            return self.task_collate([_made(row, stages) for row in task_description.rows()])
+            return self.task_collate([_made(row, calls) for row, calls in task_description.made()])
         return self.task_collate([_made(sample.index, sample.transforms) for sample in task_description])
 
     def sample(self) -> Any:

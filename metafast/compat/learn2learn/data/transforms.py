@@ -62,12 +62,12 @@ class TaskTransform:
         groups = _grouped([labels[description.index] for description in task_description])
         draft = Draft(self.dataset, groups, interleaved=True)
         self.change(draft)
-        rows = draft.rows()
-        kept = [task_description[row] for row in rows]
-        if len(set(rows)) < len(rows):
+        made = list(draft.made())
+        kept = [task_description[row] for row, _ in made]
+        if len({row for row, _ in made}) < len(made):
             kept = [copy.deepcopy(description) for description in kept]
-        for description in kept:
-            description.transforms.extend(draft.stages)
+        for description, (_, calls) in zip(kept, made, strict=True):
+            description.transforms.extend(calls)
         return kept
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from metafast import _check
 from metafast.compat.learn2learn._absent import absent
@@ -84,6 +85,50 @@ def partition_task(
     for rows in (order[:, :shots].flatten(), order[:, shots:].flatten()):
         parts.append((data[rows.to(data.device)], labels[rows]))
     return parts[0], parts[1]
+
+
+class LabelledImages(Dataset[Any]):
+    """Images of files that are there already, as Pillow's, with their labels.
+
+    Args:
+        root: folder of the files; ``~`` is the user's.
+        transform: called with each image.
+        target_transform: called with each label.
+        download: not used: nothing is downloaded, files that are not there are an error.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        download: bool = False,
+    ) -> None:
+        self.root = os.path.expanduser(root)
+        self.transform = transform
+        self.target_transform = target_transform
+        self.labels: list[int] = []
+
+    def image(self, i: int) -> Any:
+        """An image without the transform."""
+        raise NotImplementedError
+
+    def all_labels(self) -> list[Any]:
+        """Those of all images, without the images."""
+        return (
+            self.labels if self.target_transform is None else [self.target_transform(y) for y in self.labels]
+        )
+
+    def __getitem__(self, i: int) -> Any:
+        label = self.labels[i]
+        image = self.image(i)
+        return (
+            image if self.transform is None else self.transform(image),
+            label if self.target_transform is None else self.target_transform(label),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class OnDeviceDataset(TensorDataset):
