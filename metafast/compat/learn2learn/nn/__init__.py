@@ -1,6 +1,6 @@
 """Classifiers and layers."""
 
-from metafast.compat.learn2learn.nn import metalayers, misc, protonet
+from metafast.compat.learn2learn.nn import metalayers, metaoptnet, misc, protonet
 from metafast.compat.learn2learn.nn.kroneckers import (
     KroneckerLinear,
     KroneckerLSTM,
@@ -8,6 +8,7 @@ from metafast.compat.learn2learn.nn.kroneckers import (
     kronecker_addmm,
 )
 from metafast.compat.learn2learn.nn.metalayers import MetaModule, ParameterTransform
+from metafast.compat.learn2learn.nn.metaoptnet import SVClassifier
 from metafast.compat.learn2learn.nn.misc import Flatten, Lambda, Scale, freeze, unfreeze
 from metafast.compat.learn2learn.nn.protonet import PrototypicalClassifier
 
@@ -20,10 +21,12 @@ __all__ = [
     "MetaModule",
     "ParameterTransform",
     "PrototypicalClassifier",
+    "SVClassifier",
     "Scale",
     "freeze",
     "kronecker_addmm",
     "metalayers",
+    "metaoptnet",
     "misc",
     "protonet",
     "unfreeze",
