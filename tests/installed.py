@@ -8,6 +8,7 @@ import sysconfig
 import torch
 
 import metafast
+import metafast.compat.higher
 import metafast.data
 
 folder = pathlib.Path(metafast.__file__).parent

@@ -39,7 +39,20 @@ def test_import_touches_no_cuda_and_needs_no_extra() -> None:
     assert python(code).strip() == "False"
 
 
-@pytest.mark.parametrize("name", ["metafast", "metafast.data", "metafast.learners", "metafast.training"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metafast",
+        "metafast.data",
+        "metafast.learners",
+        "metafast.training",
+        "metafast.compat",
+        "metafast.compat.higher",
+        "metafast.compat.higher.optim",
+        "metafast.compat.higher.patch",
+        "metafast.compat.higher.utils",
+    ],
+)
 def test_public_names_exist_and_are_documented(name: str) -> None:
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__) > 0

@@ -1,0 +1,5 @@
+"""Functions of torch with metafast's operators below: ``cdist``."""
+
+from metafast.distance import cdist
+
+__all__ = ["cdist"]
