@@ -5,6 +5,7 @@ is better and what is missing.
 """
 
 from metafast.compat.learn2learn import algorithms, data, nn, optim, utils, vision
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.utils import (
     accuracy,
     clone_distribution,
@@ -19,6 +20,8 @@ from metafast.compat.learn2learn.utils import (
 )
 
 __version__ = "0.2.0"
+
+__getattr__ = absent(__name__)
 
 __all__ = [
     "accuracy",

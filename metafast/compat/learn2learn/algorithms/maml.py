@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn._steps import descend, gradients
 from metafast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metafast.compat.learn2learn.utils import clone_module, update_module
+
+__getattr__ = absent(__name__)
 
 
 def maml_update(model: nn.Module, lr: Any, grads: Sequence[Tensor | None] | None = None) -> nn.Module:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.data.utils import LabelledImages, OnDeviceDataset
 from metafast.data._pickle import load_plain_pickle
+
+__getattr__ = absent(__name__)
 
 Indices = dict[Any, list[int]]
 Labels = dict[int, Any]

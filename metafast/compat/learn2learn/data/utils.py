@@ -15,7 +15,7 @@ from metafast.compat.learn2learn._absent import absent
 
 _NO_DOWNLOAD = "this package downloads nothing"
 __getattr__ = absent(
-    "learn2learn.data.utils",
+    __name__,
     dict.fromkeys(
         (
             "download_file",

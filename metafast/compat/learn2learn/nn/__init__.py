@@ -1,5 +1,6 @@
 """Classifiers and layers."""
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.nn import metalayers, metaoptnet, misc, protonet
 from metafast.compat.learn2learn.nn.kroneckers import (
     KroneckerLinear,
@@ -11,6 +12,8 @@ from metafast.compat.learn2learn.nn.metalayers import MetaModule, ParameterTrans
 from metafast.compat.learn2learn.nn.metaoptnet import SVClassifier
 from metafast.compat.learn2learn.nn.misc import Flatten, Lambda, Scale, freeze, unfreeze
 from metafast.compat.learn2learn.nn.protonet import PrototypicalClassifier
+
+__getattr__ = absent(__name__)
 
 __all__ = [
     "Flatten",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metafast.compat.learn2learn._absent import absent
+
+__getattr__ = absent(__name__)
+
 
 def kronecker_addmm(
     mat1: Tensor,

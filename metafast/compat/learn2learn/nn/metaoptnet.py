@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.nn.protonet import PrototypicalClassifier
+
+__getattr__ = absent(__name__)
 
 #: What is left of the conditions that the solution fulfils, relative to the largest entry there can be.
 _TOLERANCE = 1e-9

@@ -8,6 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from metafast.compat.learn2learn._absent import absent
+
+__getattr__ = absent(__name__)
+
 Module = TypeVar("Module", bound=nn.Module)
 
 

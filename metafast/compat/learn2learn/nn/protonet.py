@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.distance import pairwise_distance
 from metafast.prototype import prototypes
+
+__getattr__ = absent(__name__)
 
 EPS = 1e-8
 

@@ -1,5 +1,6 @@
 """Differentiable steps and learnable transforms of gradients."""
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.optim import transforms, update_rules
 from metafast.compat.learn2learn.optim.learnable_optimizer import LearnableOptimizer
 from metafast.compat.learn2learn.optim.parameter_update import ParameterUpdate
@@ -11,6 +12,8 @@ from metafast.compat.learn2learn.optim.transforms import (
     TransformDictionary,
 )
 from metafast.compat.learn2learn.optim.update_rules import DifferentiableSGD
+
+__getattr__ = absent(__name__)
 
 __all__ = [
     "DifferentiableSGD",

@@ -13,6 +13,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from metafast.compat.learn2learn._absent import absent
+
+__getattr__ = absent(__name__)
+
 Kind = TypeVar("Kind")
 
 

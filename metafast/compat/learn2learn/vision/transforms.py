@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.data.task_dataset import Draft, Stage
 from metafast.compat.learn2learn.data.transforms import TaskTransform
+
+__getattr__ = absent(__name__)
 
 
 class _Rotation:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.data.meta_dataset import FilteredMetaDataset, MetaDataset
 from metafast.compat.learn2learn.data.task_dataset import Taskset
 from metafast.compat.learn2learn.data.transforms import (
@@ -23,6 +24,8 @@ from metafast.compat.learn2learn.data.transforms import (
 )
 from metafast.compat.learn2learn.vision.datasets import CIFARFS, FC100, FullOmniglot, MiniImagenet
 from metafast.compat.learn2learn.vision.transforms import RandomClassRotation
+
+__getattr__ = absent(__name__)
 
 _MODES = ("train", "validation", "test")
 #: Classes that train, and those that train or validate, of Omniglot's 1,623.

@@ -10,7 +10,7 @@ _FOLDER = (
     "this package downloads nothing; wrap your files in a torch Dataset, or see metafast.data.image_folder"
 )
 __getattr__ = absent(
-    "learn2learn.vision.datasets",
+    __name__,
     {
         "TieredImagenet": "its 12 GB of pickles would have to be loaded whole; see metafast.data.image_folder",
         "CUBirds200": "see metafast.data.cub, which reads the data set's own archive",

@@ -16,7 +16,7 @@ from metafast.compat.learn2learn.vision.models.resnet12 import ResNet12, ResNet1
 from metafast.compat.learn2learn.vision.models.wrn28 import WRN28, WRN28Backbone
 
 __getattr__ = absent(
-    "learn2learn.vision.models",
+    __name__,
     {
         "get_pretrained_backbone": "this package downloads nothing; load a file of such weights with "
         "CNN4Backbone().load_state_dict(torch.load(path)), or ResNet12Backbone(avg_pool=False) or WRN28Backbone()"

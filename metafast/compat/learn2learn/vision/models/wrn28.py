@@ -5,6 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
 
+from metafast.compat.learn2learn._absent import absent
+
+__getattr__ = absent(__name__)
+
 
 class WideBlock(nn.Module):
     """BatchNorm, ReLU and a 3x3 convolution twice, beside a shortcut.
