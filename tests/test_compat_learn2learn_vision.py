@@ -384,7 +384,7 @@ def conditions(
 ) -> tuple[Tensor, Tensor]:
     """What the dual variables violate of their bounds and sums, and of the signs of their multipliers."""
     rows, solution = rows.double(), solution.double()
-    upper = bound * nn.functional.one_hot(labels, ways)
+    upper = bound * nn.functional.one_hot(labels, ways).double()
     outside = torch.cat([(solution - upper).clamp(min=0).flatten(), solution.sum(1).abs()]).amax()
     slope = rows @ (rows.t() @ solution) + solution - upper / bound
     # Free entries of a row have one slope, those at their bound none above it.

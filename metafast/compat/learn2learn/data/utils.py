@@ -147,7 +147,8 @@ class OnDeviceDataset(TensorDataset):
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
         rows, numbers = [], []
-        for x, y in dataset:
+        for i in range(len(dataset)):
+            x, y = dataset[i]
             rows.append(x)
             numbers.append(y)
         data, labels = torch.stack(rows), torch.tensor(numbers)
