@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib
+import importlib.util
 import pickle
+import re
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -776,3 +781,71 @@ def test_parameter_transform() -> None:
         ValueError, match=r"module: expected a layer without submodules, got the parameter 0.weight"
     ):
         l2l.nn.ParameterTransform(network(), lambda p: nn.Identity())
+
+
+# The migration page.
+
+PAGE = (Path(__file__).parents[1] / "docs" / "migration" / "learn2learn.md").read_text()
+NAMES = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (.*?) ?\|$", PAGE, re.MULTILINE)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+MODULES = (
+    "",
+    ".algorithms",
+    ".data",
+    ".nn",
+    ".optim.transforms",
+    ".optim",
+    ".vision.benchmarks",
+    ".vision.datasets",
+    ".vision.models",
+)
+LIGHTNING = importlib.util.find_spec("pytorch_lightning") is not None
+
+
+def importing(name: str) -> None:
+    path, _, last = name.replace("learn2learn", "metafast.compat.learn2learn", 1).rpartition(".")
+    exec(f"from {path} import {last}")
+
+
+@pytest.mark.parametrize(("name", "status", "note"), NAMES)
+def test_the_table_is_true(name: str, status: str, note: str) -> None:
+    assert status in ("provided", "better", "absent")
+    assert note or status == "provided", "say what is better, or why it is absent"
+    if "pytorch-lightning" in note or "utils.lightning" in name:
+        if not LIGHTNING:
+            with pytest.raises(ImportError, match="pip install pytorch-lightning"):
+                importing(name)
+            return
+        pytest.importorskip("pytorch_lightning")
+    if status == "absent":
+        with pytest.raises(ImportError, match=r"is not provided: "):
+            importing(name)
+    else:
+        importing(name)
+
+
+def test_the_table_has_every_public_name() -> None:
+    names = [name for name, _, _ in NAMES]
+    assert len(set(names)) == len(names) > 80
+    for module in MODULES:
+        ours = importlib.import_module(f"metafast.compat.learn2learn{module}")
+        for name in ours.__all__:
+            value = getattr(ours, name)
+            written = f"learn2learn{module}.{name}"
+            known = written in names or written.replace("optim.", "optim.transforms.") in names
+            assert known or isinstance(value, types.ModuleType) or name == "BenchmarkTasksets", written
+
+
+def test_the_line_that_hands_all_tasks_over_gives_the_same_numbers() -> None:
+    one, loop, batch = BLOCKS
+    names: dict[str, Any] = {}
+    exec(one, names)
+    assert names["l2l"] is l2l
+    x, y, query, target = (torch.stack(values) for values in zip(*(rows() for _ in range(3)), strict=True))
+    results = []
+    net = network()
+    for code in (loop, batch):
+        exec(code, names)
+        loss = names["meta_loss"](net, x, y, query, target)
+        results.append([loss, *gradients(loss, net.parameters())])
+    close(*results)
