@@ -404,6 +404,15 @@ def test_transforms_of_different_data_sets() -> None:
     assert labels == [int(LABELS[i]) for i in index] and len(labels) == len(set(labels))
 
 
+def test_labels_are_those_of_the_data_set_that_loads() -> None:
+    data = MetaDataset(TENSORS)
+    renamed = TensorDataset(TENSORS.tensors[0], LABELS + 1000)
+    kinds = [transforms.NWays(data, 2), transforms.LoadData(renamed), transforms.RemapLabels(data)]
+    with pytest.raises(ValueError, match="dataset: expected one of the labels"):
+        Taskset(data, kinds)[0]
+    assert min(as_lists(Taskset(data, kinds[:2])[0])[1]) > 1000
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

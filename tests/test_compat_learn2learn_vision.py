@@ -433,6 +433,15 @@ def test_the_support_vector_machine_against_numbers_of_qpth() -> None:
     )
 
 
+@pytest.mark.parametrize(("n", "ways", "d", "bound"), [(25, 5, 3, 0.1), (12, 3, 8, 10.0), (25, 5, 64, 0.1)])
+def test_a_bad_guess_of_what_is_at_its_bound_is_put_right(n: int, ways: int, d: int, bound: float) -> None:
+    rows, labels = torch.randn(n, d, dtype=torch.float64), torch.arange(n) % ways
+    wanted = SVClassifier(rows, labels, C_reg=bound).qp_solution
+    for iterations in (0, 1, 3):
+        found = SVClassifier(rows, labels, C_reg=bound, max_iters=iterations).qp_solution
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_derivatives_of_the_support_vector_machine() -> None:
     rows = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     query = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)

@@ -29,11 +29,9 @@ def fast_adapt(batch, features, learner, loss, steps, shots, ways):
     )
 
 
-def main(method, root, iterations, ways=5, shots=1, tasks=4):
+def load(root, ways=5, shots=1):
     random.seed(42)
-    np.random.seed(42)
-    torch.manual_seed(42)
-    tasksets = l2l.vision.benchmarks.get_tasksets(
+    return l2l.vision.benchmarks.get_tasksets(
         "omniglot",
         train_ways=ways,
         train_samples=2 * shots,
@@ -42,6 +40,11 @@ def main(method, root, iterations, ways=5, shots=1, tasks=4):
         num_tasks=2000,
         root=root,
     )
+
+
+def main(method, tasksets, iterations, ways=5, shots=1, tasks=4):
+    np.random.seed(42)
+    torch.manual_seed(42)
     features = nn.Identity()
     if method == "maml":
         learner = l2l.algorithms.MAML(l2l.vision.models.OmniglotFC(28**2, ways), lr=0.5, first_order=False)
@@ -76,4 +79,5 @@ def main(method, root, iterations, ways=5, shots=1, tasks=4):
 
 
 if __name__ == "__main__":
-    print(json.dumps([main(method, sys.argv[1], int(sys.argv[2])) for method in sys.argv[3:]]))
+    benchmark = load(sys.argv[1])
+    print(json.dumps([main(method, benchmark, int(sys.argv[2])) for method in sys.argv[3:]]))

@@ -120,6 +120,9 @@ def _active(
     at_bound = multiplier > slack
     # What is wrong near the bound is put right by the signs of the exact solution.
     for _ in range(_ROUNDS):
+        # A row whose entries are all at their bound would not sum to 0.
+        free = (sums @ (~at_bound).to(sums.dtype)) > 0
+        at_bound = at_bound & ((sums.t() @ free.to(sums.dtype)) > 0)
         x, nu = _equality_solution(quadratic, linear, sums, upper, at_bound)
         multiplier = linear - quadratic @ x - sums.t() @ nu
         wrong = torch.where(at_bound, multiplier < -_TOLERANCE, x > upper + _TOLERANCE * scale)
