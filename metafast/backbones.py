@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -36,7 +36,7 @@ class Block(nn.Sequential):
         return call_block(self, images)
 
 
-def call_block(block: nn.Sequential, images: Tensor, update: Update | None = None) -> Tensor:
+def call_block(block: Iterable[nn.Module], images: Tensor, update: Update | None = None) -> Tensor:
     """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own.
 
     ``update``: gets the layer, mean and unbiased variance in place of :func:`update_running_statistics`.

@@ -51,6 +51,16 @@ def test_import_touches_no_cuda_and_needs_no_extra() -> None:
         "metafast.compat.higher.optim",
         "metafast.compat.higher.patch",
         "metafast.compat.higher.utils",
+        "metafast.compat.learn2learn",
+        "metafast.compat.learn2learn.algorithms",
+        "metafast.compat.learn2learn.data",
+        "metafast.compat.learn2learn.nn",
+        "metafast.compat.learn2learn.optim",
+        "metafast.compat.learn2learn.optim.transforms",
+        "metafast.compat.learn2learn.vision",
+        "metafast.compat.learn2learn.vision.benchmarks",
+        "metafast.compat.learn2learn.vision.datasets",
+        "metafast.compat.learn2learn.vision.models",
     ],
 )
 def test_public_names_exist_and_are_documented(name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import IO, Any
 
 import numpy as np
@@ -22,6 +22,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("builtins", "list"): list,
+    ("builtins", "int"): int,
     ("_codecs", "encode"): _encode,
 } | {
     (f"numpy.{core}.{module}", name): function

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from metafast.data._arguments import integer
@@ -19,7 +20,7 @@ from metafast.data.classes import ImageClasses
 
 _SIDE = 105
 _DRAWINGS = 20
-_ARCHIVES = ("images_background", "images_evaluation")
+ARCHIVES = ("images_background", "images_evaluation")
 _DRAWING = re.compile(r"images_(?:background|evaluation)/([^/]+/character\d\d)/\d+_\d\d\.png")
 _SOURCE = "get it from the folder python of the repository brendenlake/omniglot on GitHub"
 _CHUNK = 1024
@@ -67,16 +68,16 @@ def omniglot(
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"root must be the folder that holds {' and '.join(f'{a}.zip' for a in _ARCHIVES)}, "
+            f"root must be the folder that holds {' and '.join(f'{a}.zip' for a in ARCHIVES)}, "
             f"got {str(folder)!r}, which is not a folder; {_SOURCE}"
         )
     rows = {name: c for c, name in enumerate(names)}
     drawings: list[list[bytes]] = [[] for _ in names]
     absent = []
-    for archive in _ARCHIVES:
+    for archive in ARCHIVES:
         path = folder / f"{archive}.zip"
         if path.is_file():
-            _read(path, rows, drawings)
+            read_drawings(path, rows, drawings)
         else:
             absent.append(path)
     for name, found in zip(names, drawings, strict=True):
@@ -100,7 +101,7 @@ def omniglot(
     )
 
 
-def _read(path: Path, rows: dict[str, int], drawings: list[list[bytes]]) -> None:
+def read_drawings(path: Path, rows: dict[str, int], drawings: list[list[bytes]]) -> None:
     """Append the packed pixels of the wanted characters in a zip file, drawers in order."""
     with path.open("rb") as file:
         try:
@@ -142,10 +143,15 @@ def _pixels(png: bytes, where: str) -> bytes:
     return pixels
 
 
+def unpack(drawings: list[bytes]) -> NDArray[np.uint8]:
+    """Paper 1 and ink 0, `[N, 105, 105]`."""
+    packed = np.frombuffer(b"".join(drawings), dtype=np.uint8).reshape(len(drawings), _SIDE, -1)[:, :, 1:]
+    return np.unpackbits(packed, axis=2, count=_SIDE)
+
+
 def _shrink(drawings: list[bytes], size: int) -> Tensor:
     """Ink averaged over the squares of a `size` x `size` grid, uint8 `[N, 1, size, size]`."""
-    packed = np.frombuffer(b"".join(drawings), dtype=np.uint8).reshape(len(drawings), _SIDE, -1)[:, :, 1:]
-    ink = 1 - torch.from_numpy(np.unpackbits(packed, axis=2, count=_SIDE)).float()
+    ink = 1 - torch.from_numpy(unpack(drawings)).float()
     # Row i of the matrix is the overlap of each source pixel with [i, i + 1) of the target, as a share.
     edges = torch.arange(size + 1, dtype=torch.float64) * (_SIDE / size)
     source = torch.arange(_SIDE, dtype=torch.float64)

@@ -1,0 +1,9 @@
+"""Modules around modules."""
+
+from metafast.compat.learn2learn._absent import absent
+from metafast.compat.learn2learn.nn.metalayers.metamodule import MetaModule
+from metafast.compat.learn2learn.nn.metalayers.parameter_transform import ParameterTransform
+
+__getattr__ = absent(__name__)
+
+__all__ = ["MetaModule", "ParameterTransform"]

@@ -1,0 +1,8 @@
+"""Steps that keep their graph."""
+
+from metafast.compat.learn2learn._absent import absent
+from metafast.compat.learn2learn.optim.update_rules.differentiable_sgd import DifferentiableSGD
+
+__getattr__ = absent(__name__)
+
+__all__ = ["DifferentiableSGD"]
