@@ -34,7 +34,8 @@ class MAML(BaseLearner):
     r"""Model-agnostic meta-learning of any module, one task at a time.
 
     A task is a :meth:`clone`, some calls of :meth:`adapt`, a loss of the clone's outputs and its ``backward``, which
-    reaches the original. Finn, Abbeel and Levine, 2017. All tasks of a batch at once: :class:`metafast.MAML`.
+    reaches the original. Finn, Abbeel and Levine, 2017. All tasks of a batch at once:
+    :class:`metafast.learners.MAML`.
 
     Args:
         model: the module.
