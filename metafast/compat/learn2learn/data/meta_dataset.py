@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from metafast.compat.learn2learn._absent import absent
 from metafast.compat.learn2learn.data.utils import LabelledImages, OnDeviceDataset
 from metafast.data._pickle import load_plain_pickle
+from metafast.training.files import write_atomically
 
 __getattr__ = absent(__name__)
 
@@ -136,8 +137,7 @@ class MetaDataset(Dataset[Any]):
     def serialize_bookkeeping(self, path: str | os.PathLike[str]) -> None:
         """Write the samples of each label to a file."""
         kept = {name: getattr(self, name) for name in ("labels_to_indices", "indices_to_labels", "labels")}
-        with Path(path).open("wb") as file:
-            pickle.dump(kept, file, protocol=pickle.HIGHEST_PROTOCOL)
+        write_atomically(Path(path), pickle.dumps(kept, protocol=pickle.HIGHEST_PROTOCOL))
 
     def _batch(self, rows: Sequence[int]) -> list[Any] | None:
         if self._tensors is None or type(self).__getitem__ is not MetaDataset.__getitem__:
