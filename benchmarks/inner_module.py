@@ -35,13 +35,19 @@ class ModuleSizes:
         return replace(self, tasks=2, shots=2, queries=2, steps=2, channels=channels, hidden=(6, 5), size=16)
 
 
-@functools.cache
+#: Those that :func:`network` has made; torch.compile would trace through a cache of functools.
+_NETWORKS: dict[ModuleSizes, nn.Sequential] = {}
+
+
 def network(sizes: ModuleSizes) -> nn.Sequential:
-    torch.manual_seed(3)
-    if sizes.channels is None:
-        return MLP((sizes.size**2, *sizes.hidden, sizes.ways), batch_norm=True)
-    encoder = Conv4(1, sizes.channels)
-    return nn.Sequential(encoder, nn.Linear(encoder.features(sizes.size), sizes.ways))
+    if sizes not in _NETWORKS:
+        torch.manual_seed(3)
+        if sizes.channels is None:
+            _NETWORKS[sizes] = MLP((sizes.size**2, *sizes.hidden, sizes.ways), batch_norm=True)
+        else:
+            encoder = Conv4(1, sizes.channels)
+            _NETWORKS[sizes] = nn.Sequential(encoder, nn.Linear(encoder.features(sizes.size), sizes.ways))
+    return _NETWORKS[sizes]
 
 
 def inputs(sizes: ModuleSizes) -> tuple[Any, ...]:

@@ -87,6 +87,10 @@ def _omniglot(root: Path, split: str, reading: Reading) -> ImageClasses:
     return omniglot(root, split, **reading.arguments("size"))
 
 
+def _omniglot_random(root: Path, split: str, reading: Reading) -> ImageClasses:
+    return omniglot(root, split, characters="random", **reading.arguments("size"))
+
+
 def _image_folder(root: Path, split: str, reading: Reading) -> Any:
     arguments = reading.arguments("size", "channels", "split_seed", "skip_corrupt")
     return image_folder(root, split=None if split == ALL else split, **arguments)
@@ -100,6 +104,9 @@ def _benchmark(read: Callable[..., ImageClasses]) -> Callable[[Path, str, Readin
 SOURCES = {
     "glyphs": Source(_glyphs, 60),
     "omniglot": Source(_omniglot, 60, "the folder with images_background.zip and images_evaluation.zip"),
+    "omniglot-random": Source(
+        _omniglot_random, 60, "the folder with images_background.zip and images_evaluation.zip"
+    ),
     "image-folder": Source(_image_folder, 20, "a folder with a folder of images for each class"),
     "mini-imagenet": Source(
         _benchmark(mini_imagenet), 20, "the folder with the images, or with mini-imagenet-cache-*.pkl"

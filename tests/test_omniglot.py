@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from metafast.data import EpisodeSampler, ImageClasses, omniglot
+from metafast.data.omniglot import _at_random
 
 SPLITS = Path(__file__).parents[1] / "metafast" / "data" / "omniglot_vinyals.txt"
 DATA = (
@@ -191,6 +192,28 @@ def test_unknown_split(root: Path, split: Any) -> None:
         omniglot(root, split)
 
 
+def test_characters_at_random(tmp_path: Path) -> None:
+    """Every character once, whatever its alphabet, and always the same ones."""
+    listed_at = {split: _at_random(split) for split in ("train", "val", "trainval", "test")}
+    assert {split: len(names) for split, names in listed_at.items()} == {
+        "train": 1100, "val": 100, "trainval": 1200, "test": 423
+    }  # fmt: skip
+    assert listed_at["trainval"] == listed_at["train"] + listed_at["val"]
+    everything = [name for split in ("train", "val", "test") for name in listed(split)]
+    assert sorted(listed_at["trainval"] + listed_at["test"]) == sorted(everything)
+    alphabets = [{name.partition("/")[0] for name in listed_at[split]} for split in ("train", "test")]
+    assert alphabets[1] <= alphabets[0] and len(alphabets[0]) == 50
+    assert (listed_at["train"][0], listed_at["test"][-1]) == (
+        "Japanese_(hiragana)/character47",
+        "Japanese_(hiragana)/character15",
+    )
+    first = listed_at["val"][0]
+    with pytest.raises(FileNotFoundError, match=f"^the split 'val' needs {re.escape(first)}, which"):
+        omniglot(tmp_path, "val", characters="random")
+    with pytest.raises(ValueError, match=r"^characters must be 'vinyals' or 'random', got 'lake'"):
+        omniglot(tmp_path, "val", characters="lake")
+
+
 @pytest.mark.parametrize(("size", "error"), [(0, ValueError), (106, ValueError), (28.0, TypeError)], ids=str)
 def test_wrong_size(root: Path, size: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"^size must be "):
@@ -290,9 +313,10 @@ def test_wrong_drawing_is_named(root: Path, data: bytes, message: str) -> None:
 
 
 @real_data
+@pytest.mark.parametrize("choice", ["vinyals", "random"])
 @pytest.mark.parametrize(("split", "characters"), [("trainval", 1200), ("test", 423)])
-def test_real_splits_are_complete(split: str, characters: int) -> None:
-    data = omniglot(DATA, split, size=8)
+def test_real_splits_are_complete(split: str, characters: int, choice: str) -> None:
+    data = omniglot(DATA, split, size=8, characters=choice)
     assert (len(data.names), data.num_classes) == (characters, 4 * characters)
     assert data.images.shape == (20 * characters, 1, 8, 8)
     assert data.images.flatten(1).amax(1).min() > 0, "every drawing has ink"

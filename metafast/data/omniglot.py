@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import struct
 import zipfile
@@ -24,6 +25,9 @@ ARCHIVES = ("images_background", "images_evaluation")
 _DRAWING = re.compile(r"images_(?:background|evaluation)/([^/]+/character\d\d)/\d+_\d\d\.png")
 _SOURCE = "get it from the folder python of the repository brendenlake/omniglot on GitHub"
 _CHUNK = 1024
+_SPLIT_SEED = 0
+#: First and last of the characters in a random order.
+_AT_RANDOM = {"train": (0, 1100), "val": (1100, 1200), "trainval": (0, 1200), "test": (1200, 1623)}
 
 
 def omniglot(
@@ -31,6 +35,7 @@ def omniglot(
     split: str = "train",
     size: int = 28,
     rotations: bool = True,
+    characters: str = "vinyals",
 ) -> ImageClasses:
     """One split of Omniglot (Lake et al., Science 350(6266), 2015), ink 1 and paper 0.
 
@@ -46,11 +51,16 @@ def omniglot(
     | trainval | 1,200 | 4,800 |
     | test | 423 | 1,692 |
 
+    No alphabet but Gurmukhi is both in a training and in the test split. Finn et al., "Model-agnostic meta-learning"
+    (2017), and others before draw the characters at random instead, whatever their alphabet, which is easier:
+    `characters="random"` has 1,100 for "train", 100 for "val" and 423 for "test", always the same ones.
+
     Args:
         root: folder that holds the two zip files.
         split: "train", "val", "trainval" or "test".
         size: height and width of the images, 1 to 105.
         rotations: whether the rotations by 90, 180 and 270 degrees are classes of their own.
+        characters: "vinyals" or "random".
 
     Returns:
         Images `[20 * characters, 1, size, size]` uint8 (255 is ink), classes named like
@@ -59,12 +69,16 @@ def omniglot(
     Raises:
         FileNotFoundError: no folder `root`, or a zip file that the split needs is not there.
         TypeError: an argument of the wrong type.
-        ValueError: an unknown split, a size out of range, a zip file that is damaged, truncated or
-            incomplete, or a drawing that is not a 105 x 105 PNG of one bit per pixel; the message names the
-            file.
+        ValueError: an unknown split or choice of characters, a size out of range, a zip file that is damaged,
+            truncated or incomplete, or a drawing that is not a 105 x 105 PNG of one bit per pixel; the message
+            names the file.
     """
     size = integer("size", size, 1, _SIDE)
+    if characters not in ("vinyals", "random"):
+        raise ValueError(f"characters must be 'vinyals' or 'random', got {characters!r}")
     names = published_split("omniglot_vinyals", split)
+    if characters == "random":
+        names = _at_random(split)
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -99,6 +113,16 @@ def omniglot(
         names,
         rotations,
     )
+
+
+def _at_random(split: str) -> tuple[str, ...]:
+    """The names of a split of characters at random."""
+    names = sorted(
+        name for part in ("trainval", "test") for name in published_split("omniglot_vinyals", part)
+    )
+    random.Random(_SPLIT_SEED).shuffle(names)
+    begin, end = _AT_RANDOM[split]
+    return tuple(names[begin:end])
 
 
 def read_drawings(path: Path, rows: dict[str, int], drawings: list[list[bytes]]) -> None:
