@@ -98,15 +98,13 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     ),
     "wide first layer": (
         lambda: nn.Sequential(
-            nn.Flatten(), nn.Linear(128, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, WAYS)
+            nn.Flatten(), nn.Linear(128, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, WAYS)
         ),
         IMAGES,
         "batched",
     ),
     "wide first layer inside": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Linear(40, 80, bias=False), nn.Sigmoid()), nn.Linear(80, WAYS), nn.Tanh()
-        ),
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(40, 80), nn.Sigmoid()), nn.Linear(80, WAYS), nn.Tanh()),
         (40,),
         "batched",
     ),
@@ -425,6 +423,19 @@ def test_initial_values_of_each_task(name: str, steps: int) -> None:
     assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
 
 
+@pytest.mark.parametrize("of_each_task", [True, False])
+def test_initial_values_of_a_wide_first_layer(of_each_task: bool) -> None:
+    module, tasks = make("wide first layer")
+    own = dict(module.named_parameters())
+    shape = own["1.weight"].shape
+    value = torch.randn((TASKS, *shape) if of_each_task else shape, dtype=torch.float64) / 10
+    initial = {"1.weight": value.requires_grad_()}
+    leaves = [value, *(v for key, v in own.items() if key not in initial)]
+    actual = inner_loop(module, *tasks[:2], 0.2, 2, parameters=initial)(tasks[2])
+    expected = by_hand(module, tasks, 0.2, 2, initial=initial)
+    assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
+
+
 @pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks"])
 def test_after_each_step(name: str) -> None:
     """The loss of every step, as MAML++ weights them."""
@@ -436,6 +447,10 @@ def test_after_each_step(name: str) -> None:
         assert_same([own(tasks[2])], [by_hand(module, tasks, lr, step)], 1e-12)
         shapes = {key: (TASKS, *value.shape) for key, value in module.named_parameters()}
         assert {key: tuple(value.shape) for key, value in own.parameters.items()} == shapes
+        plain = without_statistics(module)
+        for t in range(TASKS):
+            values = {key: value[t] for key, value in own.parameters.items()}
+            assert_same([functional_call(plain, values, (tasks[2][t],))], [own(tasks[2])[t]], 1e-12)
     with pytest.raises(ValueError, match="step: expected at most 3, those that were taken, got 4"):
         adapted.after(4)
 
