@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -50,14 +50,18 @@ def install(*libraries: str) -> None:
     _finder.installed.update(libraries)
 
 
-def absent(module: str) -> Callable[[str], Any]:
+def absent(module: str, reasons: Mapping[str, str] | None = None) -> Callable[[str], Any]:
     """The ``__getattr__`` of a drop-in module: it names what is missing, and the place of that in the original.
 
     Args:
         module: the ``__name__`` of the drop-in module.
+        reasons: why a name of the original is not provided. These raise an ImportError, since ``from module import
+            name`` would replace the text of an AttributeError by its own.
     """
 
     def __getattr__(name: str) -> Any:
+        if reasons and name in reasons:
+            raise ImportError(f"{module.removeprefix(_HERE)}.{name} is not provided: {reasons[name]}", name=name)
         if name == "__path__":
             # With one, `from module import name` asks _Finder for what the module has not.
             return []

@@ -5,7 +5,7 @@ is better and what is missing.
 """
 
 from metafast.compat.learn2learn import algorithms, data, nn, optim, utils, vision
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.utils import (
     accuracy,
     clone_distribution,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metafast.compat.learn2learn.algorithms.gbml import GBML
 from metafast.compat.learn2learn.algorithms.maml import MAML, maml_update

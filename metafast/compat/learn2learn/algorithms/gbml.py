@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn._steps import gradients
 from metafast.compat.learn2learn.optim.parameter_update import ParameterUpdate
 from metafast.compat.learn2learn.optim.update_rules import DifferentiableSGD

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn._steps import descend
 from metafast.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metafast.compat.learn2learn.utils import clone_module, clone_parameters

@@ -1,6 +1,6 @@
 """Data sets and tasks."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data import samplers, transforms
 from metafast.compat.learn2learn.data.meta_dataset import FilteredMetaDataset, MetaDataset, UnionMetaDataset
 from metafast.compat.learn2learn.data.task_dataset import DataDescription, TaskDataset, Taskset

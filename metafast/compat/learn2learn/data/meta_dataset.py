@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data.utils import LabelledImages, OnDeviceDataset
 from metafast.data._pickle import load_plain_pickle
 from metafast.training.files import write_atomically

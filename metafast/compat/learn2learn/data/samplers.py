@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch.utils.data import Sampler
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data.task_dataset import DataDescription, Taskset
 
 __getattr__ = absent(__name__)

@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from torch.utils.data import default_collate
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data.meta_dataset import MetaDataset, batch_of
 
 __getattr__ = absent(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from metafast import _check
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data._draws import sample, shuffle
 from metafast.compat.learn2learn.data.task_dataset import DataDescription, Draft, Groups, Load, Stage
 

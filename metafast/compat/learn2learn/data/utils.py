@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from metafast import _check
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 
 _NO_DOWNLOAD = "this package downloads nothing"
 __getattr__ = absent(

@@ -1,6 +1,6 @@
 """Classifiers and layers."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.nn import metalayers, metaoptnet, misc, protonet
 from metafast.compat.learn2learn.nn.kroneckers import (
     KroneckerLinear,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 
 __getattr__ = absent(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.nn.protonet import PrototypicalClassifier
 
 __getattr__ = absent(__name__)

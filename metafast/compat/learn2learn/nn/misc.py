@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 
 __getattr__ = absent(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.distance import pairwise_distance
 from metafast.prototype import prototypes
 

@@ -1,6 +1,6 @@
 """Differentiable steps and learnable transforms of gradients."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.optim import transforms, update_rules
 from metafast.compat.learn2learn.optim.learnable_optimizer import LearnableOptimizer
 from metafast.compat.learn2learn.optim.parameter_update import ParameterUpdate

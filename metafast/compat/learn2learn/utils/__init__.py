@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 
 __getattr__ = absent(__name__)
 

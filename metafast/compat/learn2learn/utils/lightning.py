@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn._lightning import lightning
 
 __getattr__ = absent(

@@ -1,6 +1,6 @@
 """Images: data sets, networks, task transforms and benchmarks."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.vision import benchmarks, datasets, models, transforms
 
 __getattr__ = absent(__name__)

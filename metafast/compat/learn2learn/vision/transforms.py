@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data.task_dataset import Draft, Stage
 from metafast.compat.learn2learn.data.transforms import TaskTransform
 

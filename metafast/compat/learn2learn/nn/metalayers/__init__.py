@@ -1,6 +1,6 @@
 """Modules around modules."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.nn.metalayers.metamodule import MetaModule
 from metafast.compat.learn2learn.nn.metalayers.parameter_transform import ParameterTransform
 

@@ -1,6 +1,6 @@
 """Steps that keep their graph."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.optim.update_rules.differentiable_sgd import DifferentiableSGD
 
 __getattr__ = absent(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.data.meta_dataset import FilteredMetaDataset, MetaDataset
 from metafast.compat.learn2learn.data.task_dataset import Taskset
 from metafast.compat.learn2learn.data.transforms import (

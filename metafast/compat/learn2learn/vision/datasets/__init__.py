@@ -1,6 +1,6 @@
 """Data sets of images, from files that are there already."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.vision.datasets.cifarfs import CIFARFS
 from metafast.compat.learn2learn.vision.datasets.fc100 import FC100
 from metafast.compat.learn2learn.vision.datasets.full_omniglot import FullOmniglot

@@ -1,6 +1,6 @@
 """Networks, with the parameter names and the initialisation of the original."""
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.vision.models.cnn4 import (
     CNN4,
     CNN4Backbone,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.backbones import call_block
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 from metafast.compat.learn2learn.nn.misc import Flatten, Lambda
 
 __getattr__ = absent(__name__)

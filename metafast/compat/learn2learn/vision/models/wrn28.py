@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
 
-from metafast.compat.learn2learn._absent import absent
+from metafast.compat import absent
 
 __getattr__ = absent(__name__)
 
