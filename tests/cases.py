@@ -232,6 +232,8 @@ def _pairwise(metric: str) -> Case:
         lambda x, y, C: metafast.pairwise_distance(x, y, metric),
         lambda x, y, C: reference.pairwise_distance(x, y, metric),
         {"x": Input("n d"), "y": Input("m d")},
+        # A gradient of the cosine is what is left of a sum over all rows without its part along the row itself.
+        condition=8.0 if metric == "cosine" else 1.0,
     )
 
 

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _wanted(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    devices = {parameters[name][0] for name in ("device", "kernels", "hardware") if name in parameters}
+    devices = {parameters[name][0] for name in ("device", "kernels", "vectors", "hardware") if name in parameters}
     case = parameters.get("case")
     if isinstance(case, Case) and "emulated" in devices and not case.emulated:
         return False
@@ -82,8 +82,9 @@ _CUDA = _device("cuda", "cuda", lacking=_NO_CUDA)
 
 #: Name, and the vector width of the CPU kernels (0 leaves it) or the order of the emulated threads.
 DEVICES = (_device("cpu", "cpu"), _emulated("emulated", "random"), _CUDA)
+WIDTHS = tuple(_cpu(bits) for bits in (128, 256, 512))
 KERNELS = (
-    *(_cpu(bits) for bits in (128, 256, 512)),
+    *WIDTHS,
     *(_emulated(f"emulated-{order}", order) for order in ("forward", "reverse", "random")),
     _CUDA,
 )
@@ -116,6 +117,12 @@ def hardware(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 @pytest.fixture(params=KERNELS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Every device, on the CPU every vector width, emulated every order of threads."""
+    yield from _run_on(request)
+
+
+@pytest.fixture(params=(*WIDTHS, *DEVICES[1:]))
+def vectors(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device, on the CPU every vector width: for many sizes and options, on which the order of threads is lost."""
     yield from _run_on(request)
 
 

@@ -83,9 +83,9 @@ def both(values: list[Tensor], device: torch.device, order: int = 1) -> list[lis
     ("lead", "own"), [((), True), ((3,), True), ((3,), False)], ids=["one", "tasks", "shared"]
 )
 def test_values_and_gradients(
-    size: Any, given: bool, lead: tuple[int, ...], own: bool, kernels: torch.device
+    size: Any, given: bool, lead: tuple[int, ...], own: bool, vectors: torch.device
 ) -> None:
-    assert_same(*both(arguments(size, lead, given, own), kernels), 1e-11)
+    assert_same(*both(arguments(size, lead, given, own), vectors), 1e-11)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["batch", "given"])

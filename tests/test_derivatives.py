@@ -16,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import metafast
 from metafast import reference
 from metafast.distance import METRICS
+from tests import simt
 from tests.cases import CASES, SMALL, Case, assert_same, cotangents, outputs, shuffled_labels, weighted_sum
 
 # torch's own forward-mode formulas use it.
@@ -45,6 +46,8 @@ def orders(function: Callable[..., Any], values: Sequence[Tensor], highest: int)
 
 
 class TestFiniteDifferences:
+    """Element by element; along random directions where kernels are emulated, whose formulas are the same."""
+
     @each_case
     def test_first_order(self, case: Case, device: torch.device) -> None:
         inputs = case.make((2,), SMALL, device=device, requires_grad=True)
@@ -54,6 +57,7 @@ class TestFiniteDifferences:
             check_forward_ad=True,
             check_batched_grad=True,
             check_batched_forward_grad=True,
+            fast_mode=simt.active(),
         )
 
     @each_case
@@ -65,6 +69,7 @@ class TestFiniteDifferences:
             check_fwd_over_rev=True,
             check_rev_over_rev=True,
             check_batched_grad=True,
+            fast_mode=simt.active(),
         )
 
     @each_case

@@ -127,7 +127,7 @@ def test_rates(
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
 @pytest.mark.parametrize("widths", NETS, ids=str)
-def test_widths(widths: tuple[int, ...], steps: int, kernels: torch.device) -> None:
+def test_widths(widths: tuple[int, ...], steps: int, vectors: torch.device) -> None:
     """Every vector width: all gradients of every parameter."""
     inputs, targets, query = data(widths)
     weights, biases = net(widths)
@@ -163,7 +163,7 @@ def test_products_of_rows_are_the_explicit_weight(
     groups: int,
     first_order: bool,
     with_query: bool,
-    kernels: torch.device,
+    vectors: torch.device,
 ) -> None:
     """All results of both operators; groups: of parameters and rates, of which 0 is none."""
     widths, n, m, steps = shape
@@ -329,7 +329,7 @@ def test_float32_stays_close_to_float64(kernels: torch.device) -> None:
         assert (single - double).abs().max() <= 3e-6 * double.abs().max()
 
 
-def test_tanh_of_every_size(kernels: torch.device) -> None:
+def test_tanh_of_every_size(vectors: torch.device) -> None:
     """The vectorised tanh against torch's, relative to its value, infinities and NaN included."""
     x = torch.cat([torch.logspace(-30, 2, 4001), torch.tensor([0.0, torch.inf, torch.nan])])
     x = torch.cat([x, -x])

@@ -92,10 +92,10 @@ def two_orders(
 @each_layout
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_and_option(
-    shape: tuple[int, ...], last: bool, given: bool, relu: bool, pool: bool, kernels: torch.device
+    shape: tuple[int, ...], last: bool, given: bool, relu: bool, pool: bool, vectors: torch.device
 ) -> None:
     """Values, and the first and second derivative, which are kernels too."""
-    inputs = arguments(shape, given, device=kernels, last=last)
+    inputs = arguments(shape, given, device=vectors, last=last)
     results = [
         two_orders(lambda *a, f=f: f(*a, relu=relu, pool=pool), inputs, given)
         for f in (norm_relu_pool, reference.norm_relu_pool)
@@ -108,10 +108,10 @@ def test_every_shape_and_option(
 @pytest.mark.parametrize("shape", [(1, 7, 64, 29, 28), (2, 3, 5, 7, 6)], ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["batch", "given"])
 def test_every_dtype(
-    given: bool, shape: tuple[int, ...], dtype: torch.dtype, last: bool, kernels: torch.device
+    given: bool, shape: tuple[int, ...], dtype: torch.dtype, last: bool, vectors: torch.device
 ) -> None:
     """Half types are read, computed with in float32, and rounded once."""
-    inputs = arguments(shape, given, dtype, kernels, last)
+    inputs = arguments(shape, given, dtype, vectors, last)
     actual = two_orders(norm_relu_pool, inputs, given)
     wide = torch.promote_types(dtype, torch.float32)
     expected = two_orders(norm_relu_pool, [t.double() for t in inputs], given, dtype)
@@ -254,9 +254,9 @@ def test_same_bits_for_any_number_of_threads(
 
 
 @each_option
-def test_memory_formats(given: bool, relu: bool, pool: bool, kernels: torch.device) -> None:
+def test_memory_formats(given: bool, relu: bool, pool: bool, vectors: torch.device) -> None:
     """Results lie as x does; strides that are neither format's give the same as these, whatever those of the others."""
-    inputs = arguments((2, 3, 5, 6, 9), given, torch.float32, kernels)
+    inputs = arguments((2, 3, 5, 6, 9), given, torch.float32, vectors)
 
     def run(x: Tensor) -> list[Tensor]:
         return two_orders(lambda *a: norm_relu_pool(*a, relu=relu, pool=pool), [x, *inputs[1:]], given)

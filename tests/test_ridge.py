@@ -77,7 +77,7 @@ def as_leaf(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 3e-6), (torch.float64, 1e-13)], ids=["float32", "float64"]
 )
-def test_against_float64(n: int, d: int, dtype: torch.dtype, bound: float, kernels: torch.device) -> None:
+def test_against_float64(n: int, d: int, dtype: torch.dtype, bound: float, vectors: torch.device) -> None:
     """Every panel and tail of the factorisation; n <= d and unit rows keep the condition small."""
     wide = [rows(3, n, d) / d**0.5, rows(3, n, 5), rows(3, 9, d) / d**0.5, torch.rand(3).double() + 0.5]
 
@@ -87,7 +87,7 @@ def test_against_float64(n: int, d: int, dtype: torch.dtype, bound: float, kerne
     def plain(s: Tensor, y: Tensor, q: Tensor, ridge: Tensor, _: int) -> Tensor:
         return reference.ridge_logits(s, y, q, ridge, 1.5, 0.1)
 
-    narrow = [t.to(kernels, dtype) for t in wide]
+    narrow = [t.to(vectors, dtype) for t in wide]
     exact = gradients(plain, [t.double() for t in narrow], 0)
     for actual, expected in zip(gradients(head, narrow, 0), exact, strict=True):
         assert (actual.double() - expected).abs().max() <= bound * max(1.0, expected.abs().max().item())

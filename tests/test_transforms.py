@@ -111,8 +111,8 @@ def outer_autograd(f: Callable[..., Tensor], values: tuple[Tensor, ...]) -> tupl
 
 @each_case
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transform(case: Case, name: str, device: torch.device) -> None:
-    inputs = case.make((2,), TINY, device=device)
+def test_transform(case: Case, name: str, hardware: torch.device) -> None:
+    inputs = case.make((2,), TINY, device=hardware)
     values = tuple(t.clone() for t in case.floats(inputs))
     actual = TRANSFORMS[name](case.closed(case.function, inputs, C), values)
     assert_same(actual, TRANSFORMS[name](case.closed(case.reference, inputs, C), values), 1e-8)
@@ -140,10 +140,10 @@ def merge(values: tuple[Tensor, ...], index: tuple[int, ...], replaced: tuple[Te
 
 @each_case
 @pytest.mark.parametrize("name", MAPPED)
-def test_vmap_over_everything(case: Case, name: str, device: torch.device) -> None:
+def test_vmap_over_everything(case: Case, name: str, hardware: torch.device) -> None:
     """All inputs mapped, labels too, each along another dimension."""
     inputs = [
-        replace(s, per_task=True).make((3, 2) if s.per_task else (3,), TINY, device=device)
+        replace(s, per_task=True).make((3, 2) if s.per_task else (3,), TINY, device=hardware)
         for s in case.inputs.values()
     ]
     dims = tuple(k % t.dim() for k, t in enumerate(inputs))
@@ -179,8 +179,8 @@ def test_vmap_over_some(case: Case, name: str, lead: tuple[int, ...], device: to
 @each_case
 @pytest.mark.parametrize("size", [0, 1])
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
-def test_vmap_of_zero_and_of_one(case: Case, size: int, lead: tuple[int, ...], device: torch.device) -> None:
-    inputs = case.make((size, *lead), SMALL, device=device)
+def test_vmap_of_zero_and_of_one(case: Case, size: int, lead: tuple[int, ...], hardware: torch.device) -> None:
+    inputs = case.make((size, *lead), SMALL, device=hardware)
     dims = tuple(0 if s.per_task else None for s in case.inputs.values())
     actual, expected = (
         vmap(lambda *v, f=f: f(*v, C), dims)(*inputs) for f in (case.function, case.reference)
@@ -289,8 +289,8 @@ def test_maml(case: Case, first_order: bool, device: torch.device) -> None:
 
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 @each_case
-def test_linearize(case: Case, device: torch.device) -> None:
-    inputs = case.make((2,), TINY, device=device)
+def test_linearize(case: Case, hardware: torch.device) -> None:
+    inputs = case.make((2,), TINY, device=hardware)
     values = case.floats(inputs)
     results = []
     for f in (case.function, case.reference):
@@ -300,8 +300,8 @@ def test_linearize(case: Case, device: torch.device) -> None:
 
 
 @each_case
-def test_functionalize(case: Case, device: torch.device) -> None:
-    inputs = case.make((2,), TINY, device=device)
+def test_functionalize(case: Case, hardware: torch.device) -> None:
+    inputs = case.make((2,), TINY, device=hardware)
     values = case.floats(inputs)
     actual = torch.func.functionalize(grad(scalar(case.closed(case.function, inputs, C))))(*values)
     assert_same(actual, grad(scalar(case.closed(case.reference, inputs, C)))(*values))

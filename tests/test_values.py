@@ -86,13 +86,13 @@ def test_dtypes(case: Case, dtype: torch.dtype, kernels: torch.device) -> None:
 
 
 @each_case
-def test_every_tail(case: Case, kernels: torch.device) -> None:
+def test_every_tail(case: Case, vectors: torch.device) -> None:
     """All row lengths up to two of the widest vectors and a bit; on a GPU, around its vectors and a warp of them."""
     gpu = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 33, 63, 65, 127, 128, 129, 130, 133, 255, 257)
-    for d in gpu if runs_cuda_sources(kernels) else range(35):
+    for d in gpu if runs_cuda_sources(vectors) else range(35):
         sizes = {"n": 1 + d % 6, "m": 1 + d % 5, "d": d, "C": 1 + d % 3}
         sizes["n"] = max(sizes["n"], sizes["C"])
-        check(case, case.make((2,), sizes, torch.float32, kernels), sizes["C"])
+        check(case, case.make((2,), sizes, torch.float32, vectors), sizes["C"])
 
 
 @each_case
@@ -246,10 +246,10 @@ def negative_view(t: Tensor) -> Tensor:
     ],
 )
 def test_layouts(
-    case: Case, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, kernels: torch.device
+    case: Case, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, vectors: torch.device
 ) -> None:
     """Any strides and offset give what contiguous inputs give, bitwise where torch's own products take no part."""
-    strided = [layout(t) if t.dim() else t for t in case.make((3,), ODD, dtype, kernels)]
+    strided = [layout(t) if t.dim() else t for t in case.make((3,), ODD, dtype, vectors)]
     dense = [t.clone(memory_format=torch.contiguous_format) for t in strided]
     # torch itself makes no dual tensor whose elements share memory.
     run = gradients if layout in (one_task, one_row, one_number) else results
@@ -451,9 +451,9 @@ class TestDistance:
 
 class TestHalf:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-    def test_every_number_is_read_and_written(self, dtype: torch.dtype, kernels: torch.device) -> None:
+    def test_every_number_is_read_and_written(self, dtype: torch.dtype, vectors: torch.device) -> None:
         """The mean of one row is that row: all 65,536 bit patterns, through whole vectors and through tails."""
-        numbers = torch.arange(-(2**15), 2**15, device=kernels).to(torch.int16).view(dtype)
+        numbers = torch.arange(-(2**15), 2**15, device=vectors).to(torch.int16).view(dtype)
         for width in (64, 4):
             rows = numbers.view(-1, 1, width)
             means = metafast.prototypes(rows, rows.new_zeros(rows.shape[0], 1, dtype=torch.int64), 1)
@@ -464,8 +464,8 @@ class TestHalf:
             )
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-    def test_rounding_is_to_nearest_even(self, dtype: torch.dtype, kernels: torch.device) -> None:
-        rows = torch.randn(64, 2, 64).to(kernels, dtype)
+    def test_rounding_is_to_nearest_even(self, dtype: torch.dtype, vectors: torch.device) -> None:
+        rows = torch.randn(64, 2, 64).to(vectors, dtype)
         means = metafast.prototypes(rows, rows.new_zeros(64, 2, dtype=torch.int64), 1)
         assert torch.equal(means, rows.float().mean(-2, keepdim=True).to(dtype))
 

@@ -32,10 +32,9 @@ TESTS = (
 #: The tests that reach most of the kernels come first; the rest only runs for what they let through.
 FIRST = "emulated and (test_dtypes or test_large or test_many_tasks or test_layouts or TestBadLabels)"
 OF_MLP = "emulated and (test_rates or test_bad_label or (adapted_mlp and (test_dtypes or test_large)))"
-OF_CONV = (
-    "emulated-forward and (test_values_and_gradients or test_several_bands or test_nan_and or test_plain)"
-)
-OF_NORM = "emulated-forward and (test_every_shape or test_the_pattern or test_statistics)"
+ONE_ORDER = "emulated and not emulated-reverse and not emulated-random"
+OF_CONV = f"{ONE_ORDER} and (test_values_and_gradients or test_several_bands or test_nan_and or test_plain)"
+OF_NORM = f"{ONE_ORDER} and (test_every_shape or test_the_pattern or test_statistics)"
 SWITCH = """#pragma once
 #include <cstdlib>
 inline const int chosen_mutant = std::getenv("METAFAST_MUTANT") ? std::atoi(std::getenv("METAFAST_MUTANT")) : 0;
