@@ -33,7 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _wanted(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    devices = {parameters[name][0] for name in ("device", "kernels", "vectors", "hardware") if name in parameters}
+    devices = {
+        parameters[name][0] for name in ("device", "kernels", "vectors", "hardware") if name in parameters
+    }
     case = parameters.get("case")
     if isinstance(case, Case) and "emulated" in devices and not case.emulated:
         return False
@@ -122,7 +124,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture(params=(*WIDTHS, *DEVICES[1:]))
 def vectors(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Every device, on the CPU every vector width: for many sizes and options, on which the order of threads is lost."""
+    """Every device, on the CPU every vector width; one order of threads will do for many sizes and options."""
     yield from _run_on(request)
 
 

@@ -179,7 +179,9 @@ def test_vmap_over_some(case: Case, name: str, lead: tuple[int, ...], device: to
 @each_case
 @pytest.mark.parametrize("size", [0, 1])
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
-def test_vmap_of_zero_and_of_one(case: Case, size: int, lead: tuple[int, ...], hardware: torch.device) -> None:
+def test_vmap_of_zero_and_of_one(
+    case: Case, size: int, lead: tuple[int, ...], hardware: torch.device
+) -> None:
     inputs = case.make((size, *lead), SMALL, device=hardware)
     dims = tuple(0 if s.per_task else None for s in case.inputs.values())
     actual, expected = (
