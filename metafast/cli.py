@@ -210,6 +210,8 @@ _count = _parsed(int, lambda value: value >= 0, "a whole number from 0")
 _ways = _parsed(int, lambda value: value >= 2, "at least 2 ways")
 _size = _parsed(int, lambda value: value >= 16, "a whole number of at least 16 pixels")
 _positive_float = _parsed(float, lambda value: value > 0 and math.isfinite(value), "a positive number")
+_not_negative_float = _parsed(float, lambda value: 0 <= value < math.inf, "a number that is not negative")
+_dropout = _parsed(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _fraction = _parsed(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 _seed = _parsed(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
 _episode_count = _parsed(int, lambda value: value >= 2, "at least 2 episodes")
@@ -282,8 +284,12 @@ def _train_parser() -> argparse.ArgumentParser:
         f"{commands.WAVE_QUERIES} points)",
     )
     usual = ", ".join(f"{method.tasks} for {name}" for name, method in METHODS.items() if method.tasks > 1)
+    images = " and ".join(name for name, method in METHODS.items() if method.pretraining)
     episodes.add_argument(
-        "--tasks", type=_positive_int, metavar="T", help=f"episodes per step (default: {usual}, else 1)"
+        "--tasks",
+        type=_positive_int,
+        metavar="T",
+        help=f"episodes per step, single images for {images} (default: {usual}, else 1)",
     )
     _add_course_options(parser)
     test = parser.add_argument_group("test")
@@ -329,10 +335,28 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--metric", "distance to the prototypes (default: sqeuclidean)", choices=METRICS)
     add(
         "--temperature",
-        "factor of the distances (default: 10 for cosine, whose distances are small, else 1)",
+        "factor of the distances (default: 10 for cosine, whose distances are small, 1/64 for feat, else 1)",
         **number,
     )
     add("--learn-temperature", "train the temperature too", action=_Switch)
+    add("--heads", "of the attention between prototypes (default: 1)", type=_positive_int, metavar="N")
+    add(
+        "--dropout",
+        "of what the attention adds to the prototypes (default: 0.5)",
+        type=_dropout,
+        metavar="X",
+    )
+    add(
+        "--balance",
+        "weight of the contrastive loss (default: 1)",
+        type=_not_negative_float,
+        metavar="X",
+    )
+    add(
+        "--contrastive-temperature",
+        "factor of the distances in the contrastive loss (default: 1/16)",
+        **number,
+    )
     add("--regularisation", "initial factor of the identity in the ridge regression (default: 50)", **number)
     add("--scale", "factor of the logits, at first of r2d2's (default: 10)", **number)
     add("--learn-scale", "train the factor too", action=_Switch)

@@ -21,7 +21,8 @@ COMMON = [
     "--episodes",
     "4",
 ]
-GLYPHS = ["train", "--data", "glyphs", "--size", "16", "--queries", "2", "--train-queries", "2", *COMMON]
+IMAGES = ["train", "--data", "glyphs", "--size", "16", "--queries", "2", *COMMON]
+GLYPHS = [*IMAGES, "--train-queries", "2"]
 WAVES = ["train", "--data", "sinusoid", "--hidden", "6", "4", "--queries", "20", *COMMON]
 SMALL = {
     "protonet": ["--channels", "4", "--train-ways", "4"],
@@ -29,6 +30,8 @@ SMALL = {
     "r2d2": ["--channels", "4", "--train-ways", "4", "--ways", "3"],
     "matching": ["--channels", "4", "--train-ways", "4", "--full-context", "--learn-scale"],
     "relation": ["--channels", "4", "--train-ways", "4", "--size", "22"],
+    "feat": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--heads", "2", "--dropout", "0"],
+    "simpleshot": ["--channels", "4", "--tasks", "3"],
     "maml": [
         "--hidden",
         "6",
@@ -74,7 +77,8 @@ def refused(arguments, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_images_from_training_to_evaluation(method, tmp_path, capsys):
-    assert cli.main([*GLYPHS, "--method", method, *SMALL[method], "--out", str(tmp_path / "run")]) == 0
+    train = [*(IMAGES if METHODS[method].pretraining else GLYPHS), "--method", method, *SMALL[method]]
+    assert cli.main([*train, "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     own = METHODS[method].options
     assert {name for name in OPTIONS if name in result["settings"]} == own.keys()
@@ -208,7 +212,10 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--method anil --metric cosine", "--metric is an option of protonet; anil has no use for it"),
+        (
+            "--method anil --metric cosine",
+            "--metric is an option of protonet, feat, simpleshot; anil has no use for it",
+        ),
         (
             "--method anil --no-learn-temperature",
             "--learn-temperature is an option of protonet; anil has no use",
@@ -246,6 +253,15 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
         (
             "--method reptile --first-order",
             "--first-order is an option of anil, maml, metasgd, boil, maml++, protomaml; reptile has no use",
+        ),
+        (
+            "--method simpleshot --train-ways 5",
+            "--train-ways: simpleshot is trained on single images of all classes, not on episodes; leave it out",
+        ),
+        ("--method feat --dropout 1", "argument --dropout: expected a number from 0 to below 1, got '1'"),
+        (
+            "--method feat --balance -1",
+            "argument --balance: expected a number that is not negative, got '-1'",
         ),
         ("--method maml --learn-inner-lr", "--learn-inner-lr is an option of anil; maml has no use for it"),
         ("--method anil --ways 5 7 --train-ways 5", "--ways: anil has a head for 5 classes from training"),

@@ -2,6 +2,7 @@
 
 from metafast.learners.anil import ANIL
 from metafast.learners.boil import BOIL
+from metafast.learners.feat import FEAT, SetAttention
 from metafast.learners.maml import MAML
 from metafast.learners.maml_plus_plus import MAMLPlusPlus
 from metafast.learners.matching import MatchingNet
@@ -12,10 +13,12 @@ from metafast.learners.protonet import ProtoNet
 from metafast.learners.r2d2 import R2D2
 from metafast.learners.relation import RelationEncoder, RelationHead, RelationNet
 from metafast.learners.reptile import Reptile
+from metafast.learners.simpleshot import SimpleShot
 
 __all__ = [
     "ANIL",
     "BOIL",
+    "FEAT",
     "MAML",
     "R2D2",
     "MAMLPlusPlus",
@@ -28,4 +31,6 @@ __all__ = [
     "RelationHead",
     "RelationNet",
     "Reptile",
+    "SetAttention",
+    "SimpleShot",
 ]
