@@ -358,7 +358,11 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         **number,
     )
     add("--regularisation", "initial factor of the identity in the ridge regression (default: 50)", **number)
-    add("--scale", "factor of the logits, at first of r2d2's (default: 10)", **number)
+    add(
+        "--scale",
+        "factor of the logits, at first of r2d2's (default: 10; baseline-plus-plus: 2 for 200 classes or fewer)",
+        **number,
+    )
     add("--learn-scale", "train the factor too", action=_Switch)
     add("--full-context", "embed every image in the context of the support images", action=_Switch)
     add("--relation-loss", "of the scores (default: mse)", choices=RELATION_LOSSES)
@@ -368,7 +372,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--inner-lr",
         "rate of the inner steps, of metasgd and maml++ the initial one (default: 0.1 for anil, boil and maml++, "
-        "0.01 for maml, protomaml and sinusoid, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
+        "0.01 for maml, protomaml, baseline, baseline-plus-plus and sinusoid, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
         **number,
     )
     add("--learn-inner-lr", "train the rate too", action=_Switch)
@@ -385,7 +389,18 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "they are (default: transductive)",
         choices=INNER_BATCH_NORM,
     )
-    add("--inner-batch", "support rows of an inner step (default: 10)", type=_positive_int, metavar="N")
+    add(
+        "--inner-batch",
+        "support rows of an inner step (default: 10 for reptile, else 4)",
+        type=_positive_int,
+        metavar="N",
+    )
+    add(
+        "--inner-epochs",
+        "passes over the support rows that fit a head (default: 100)",
+        type=_count,
+        metavar="N",
+    )
     add("--inner-optimizer", "of the inner steps (default: adam)", choices=INNER_OPTIMIZERS)
     add(
         "--multi-step",

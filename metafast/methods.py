@@ -19,6 +19,8 @@ from metafast.learners import (
     FEAT,
     MAML,
     R2D2,
+    Baseline,
+    BaselinePlusPlus,
     MAMLPlusPlus,
     MatchingNet,
     MetaSGD,
@@ -107,6 +109,19 @@ def _simpleshot(settings: Settings) -> SimpleShot:
     )
 
 
+def _baseline(settings: Settings) -> Baseline:
+    encoder = _encoder(settings)
+    features, classes = encoder.features(settings["size"]), settings["base_classes"]
+    options: dict[str, Any] = {
+        "lr": settings["inner_lr"],
+        "batch_size": settings["inner_batch"],
+        "epochs": settings["inner_epochs"],
+    }
+    if settings["method"] == "baseline":
+        return Baseline(encoder, features, classes, **options)
+    return BaselinePlusPlus(encoder, features, classes, settings["scale"], **options)
+
+
 def _feat(settings: Settings) -> FEAT:
     encoder = _encoder(settings)
     return FEAT(
@@ -189,6 +204,12 @@ def _adapting(
 
 
 _CONV4_OPTIONS: dict[str, Any] = {"channels": 64, "episode_statistics": False}
+_BASELINE_OPTIONS: dict[str, Any] = {
+    "channels": 64,
+    "inner_lr": 0.01,
+    "inner_batch": 4,
+    "inner_epochs": 100,
+}
 _ADAPTING_OPTIONS: dict[str, Any] = {
     "backbone": "conv4",
     "channels": 64,
@@ -236,6 +257,8 @@ METHODS = {
         tasks=64,
         pretraining=True,
     ),
+    "baseline": Method(_baseline, _BASELINE_OPTIONS, tasks=64, pretraining=True),
+    "baseline-plus-plus": Method(_baseline, {**_BASELINE_OPTIONS, "scale": None}, tasks=64, pretraining=True),
     "anil": Method(
         _anil,
         {**_CONV4_OPTIONS, "inner_lr": 0.1, "inner_steps": 5, "learn_inner_lr": False, "first_order": False},

@@ -31,6 +31,8 @@ SMALL = {
     "matching": ["--channels", "4", "--train-ways", "4", "--full-context", "--learn-scale"],
     "relation": ["--channels", "4", "--train-ways", "4", "--size", "22"],
     "feat": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--heads", "2", "--dropout", "0"],
+    "baseline": ["--channels", "4", "--tasks", "3", "--inner-epochs", "2"],
+    "baseline-plus-plus": ["--channels", "4", "--tasks", "3", "--inner-epochs", "2", "--scale", "3"],
     "simpleshot": ["--channels", "4", "--tasks", "3"],
     "maml": [
         "--hidden",
@@ -222,7 +224,7 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
         ),
         (
             "--method protonet --inner-lr 0.1",
-            "--inner-lr is an option of anil, maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
+            "--inner-lr is an option of baseline, baseline-plus-plus, anil, maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
         ),
         (
             "--method relation --size 16",

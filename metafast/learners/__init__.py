@@ -1,6 +1,7 @@
 """Few-shot methods, each a ``nn.Module`` with ``learner(episodes) -> Outcome(loss, logits)``."""
 
 from metafast.learners.anil import ANIL
+from metafast.learners.baseline import Baseline, BaselinePlusPlus, CosineHead, LinearHead
 from metafast.learners.boil import BOIL
 from metafast.learners.feat import FEAT, SetAttention
 from metafast.learners.maml import MAML
@@ -21,6 +22,10 @@ __all__ = [
     "FEAT",
     "MAML",
     "R2D2",
+    "Baseline",
+    "BaselinePlusPlus",
+    "CosineHead",
+    "LinearHead",
     "MAMLPlusPlus",
     "MatchingNet",
     "MetaSGD",
