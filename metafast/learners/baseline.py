@@ -272,6 +272,8 @@ class Baseline(PretrainedLearner):
         if base_classes is not None:
             _check.sizes(base_classes=base_classes)
             head = make_head(features, base_classes, None)
+            if isinstance(head, LinearHead):
+                nn.init.zeros_(head.bias)
         super().__init__(encoder, features, head, base_classes)
         self.make_head = make_head
         self.sgd: dict[str, Any] = {
