@@ -224,7 +224,8 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
         ),
         (
             "--method protonet --inner-lr 0.1",
-            "--inner-lr is an option of baseline, baseline-plus-plus, anil, maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
+            "--inner-lr is an option of baseline, baseline-plus-plus, anil, maml, metasgd, boil, maml++, reptile, "
+            "protomaml; protonet has no use",
         ),
         (
             "--method relation --size 16",
@@ -317,6 +318,38 @@ def test_checkpoints_and_other_data(tmp_path, capsys):
     assert "sinusoid is regression; the report is on classes, so use metafast evaluate" in refused(
         ["analyze", "--checkpoint", str(waves)], capsys
     )
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.pretraining])
+def test_pretraining_on_single_images(method, tmp_path, capsys):
+    """Gone on with exactly; the base classes are those of the training."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train = [*IMAGES, "--method", method, *SMALL[method], "--schedule", "constant"]
+    assert cli.main([*train, "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "32 training classes, images 1x16x16, pre-training on 3 a step, batch statistics" in printed
+    settings = load_checkpoint(run / "checkpoint-best.pt")["settings"]
+    assert settings["base_classes"] == 32 and settings["train_ways"] is settings["shots"] is None
+    assert cli.main([*train, "--steps", "5", "--resume", "--out", str(run)]) == 0
+    assert cli.main([*train, "--steps", "5", "--out", str(whole)]) == 0
+    one, other = (load_checkpoint(folder / "checkpoint-last.pt")["model"] for folder in (run, whole))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert ("feature_mean" in one) == (method == "simpleshot")
+    error = refused([*train, "--tasks", "4", "--resume", "--out", str(run)], capsys)
+    assert "tasks was 3, is 4" in error
+
+
+def test_the_report_of_a_pretrained_learner(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "have_matplotlib", lambda: True)
+        assert cli.main([*IMAGES, "--method", "simpleshot", *SMALL["simpleshot"], "--out", str(run)]) == 0
+    assert (run / "learning-curve.png").is_file() and (run / "episode.png").is_file()
+    analyze = ["analyze", "--checkpoint", str(run), "--episodes", "4", "--queries", "2", "--ways", "3"]
+    assert cli.main([*analyze, "--vary-ways", "2", "3", "--vary-shots", "1", "2"]) == 0
+    report = json.loads((run / "generalisation.json").read_text())
+    assert [point["ways"] for point in report["by_ways"]] == [2, 3]
 
 
 @pytest.mark.parametrize(
