@@ -292,15 +292,21 @@ class Baseline(PretrainedLearner):
             head, parameters = self.fitted(support, episodes.support_y, episodes.ways)
             return classified(functional_call(head, parameters, (query,)), episodes.query_y)
 
+    def start(self, rows: int, ways: int) -> tuple[Head, list[Tensor]]:
+        """What every task begins with: a head on the CPU in float32, and the order of ``rows`` rows in each pass."""
+        generator = torch.Generator().manual_seed(self.seed)
+        head = self.make_head(self.features, ways, generator)
+        return head, [torch.randperm(rows, generator=generator) for _ in range(self.epochs)]
+
     @torch.no_grad()
     def fitted(self, support: Tensor, labels: Tensor, ways: int) -> tuple[Head, dict[str, Tensor]]:
         """A head, and its parameters ``[T, ...]`` after the fit to ``support [T, n, d]`` and ``labels [T, n]``."""
-        generator = torch.Generator().manual_seed(self.seed)
-        head = self.make_head(support.shape[-1], ways, generator).to(support)
-        shuffled = [torch.randperm(support.shape[1], generator=generator) for _ in range(self.epochs)]
-        orders = [order.to(support.device) for order in shuffled]
+        head, orders = self.start(support.shape[1], ways)
         targets = one_hot(labels, ways).to(support.dtype)
-        return head, head.fitted(support, targets, orders, self.batch_size, self.sgd)
+        head = head.to(support)
+        return head, head.fitted(
+            support, targets, [order.to(support.device) for order in orders], self.batch_size, self.sgd
+        )
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {**self.sgd, "epochs": self.epochs, "batch_size": self.batch_size}
