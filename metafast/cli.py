@@ -50,6 +50,9 @@ TRAIN_EXAMPLES = """examples:
       go on with a run that was stopped
   metafast train --method anil --data omniglot --root data/omniglot --steps 6000
       a linear head that adapts to each episode in five steps of gradient descent
+  metafast train --method baseline --data omniglot --root data/omniglot --steps 30000 --out runs/baseline
+  metafast train --method feat --data omniglot --root data/omniglot --encoder-from runs/baseline --lr 1e-4
+      an encoder that classifies all training classes, and attention between prototypes that begins with it
   metafast train --method maml --data sinusoid --steps 70000 --schedule cosine --test-steps 1 5 10
       regression on sine waves: squared error after 1, 5 and 10 steps
   torchrun --nproc-per-node 4 -m metafast train --data omniglot --root data/omniglot --tasks 8
@@ -372,7 +375,8 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--inner-lr",
         "rate of the inner steps, of metasgd and maml++ the initial one (default: 0.1 for anil, boil and maml++, "
-        "0.01 for maml, protomaml, baseline, baseline-plus-plus and sinusoid, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
+        "0.01 for maml, protomaml, baseline, baseline-plus-plus and sinusoid, 0.001 for reptile, for metasgd drawn "
+        "from 0.005 to 0.1)",
         **number,
     )
     add("--learn-inner-lr", "train the rate too", action=_Switch)
@@ -496,6 +500,12 @@ def _add_course_options(parser: argparse.ArgumentParser) -> None:
         action=_Switch,
         default=True,
         help="under torchrun: BatchNorm normalises by the images of all processes (the default), or of its own",
+    )
+    course.add_argument(
+        "--encoder-from",
+        type=Path,
+        metavar="FILE",
+        help="begin with the encoder of another run: its folder (the best checkpoint) or a checkpoint",
     )
     course.add_argument(
         "--seed", type=_seed, default=0, metavar="S", help="of the weights and the training episodes"

@@ -89,6 +89,8 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     data = _sinusoid_data(options) if options.data == [SINUSOID] else _image_data(options, device)
     settings = _settings(options, data)
     learner = METHODS[options.method].make(settings).to(device)
+    if options.encoder_from is not None:
+        settings["encoder_from"] = _take_encoder(options.encoder_from, options.method, learner)
     _settle_batch_norm(options, learner)
     say(_introduction(options, data, device))
     if options.memory is not None:
@@ -522,6 +524,38 @@ def _can_draw() -> bool:
     return False
 
 
+def _read_checkpoint(path: Path, option: str) -> tuple[Path, dict[str, Any]]:
+    """The file and its content; a folder is that of a run."""
+    if path.is_dir():
+        path = path / "checkpoint-best.pt"
+    try:
+        return path, load_checkpoint(path)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise UsageError(str(error).replace("checkpoint", option, 1)) from error
+
+
+def _take_encoder(path: Path, method: str, learner: nn.Module) -> str:
+    """Give the learner the encoder of a checkpoint; a digest of its weights, which a resumed run must have too."""
+    encoder = getattr(learner, "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise UsageError(f"--encoder-from: {method} has no encoder that could be another's")
+    path, checkpoint = _read_checkpoint(path, "--encoder-from")
+    state = {
+        name.removeprefix("encoder."): value
+        for name, value in checkpoint["model"].items()
+        if name.startswith("encoder.")
+    }
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--encoder-from: {path} has another encoder ({reason[:200]})") from error
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return f"SHA-256 {digest.hexdigest()[:16]}"
+
+
 def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.device]:
     """The file, the content and the learner of ``--checkpoint``, and the device."""
     if options.checkpoint is None:
@@ -529,13 +563,7 @@ def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.devi
             "--checkpoint is missing: the folder of a run, or a checkpoint in it, such as "
             "--checkpoint runs/protonet-glyphs"
         )
-    path: Path = options.checkpoint
-    if path.is_dir():
-        path = path / "checkpoint-best.pt"
-    try:
-        checkpoint = load_checkpoint(path)
-    except (FileNotFoundError, CheckpointError) as error:
-        raise UsageError(f"--{error}") from error
+    path, checkpoint = _read_checkpoint(options.checkpoint, "--checkpoint")
     device = _prepare(options)
     settings = checkpoint["settings"]
     try:

@@ -339,6 +339,37 @@ def test_pretraining_on_single_images(method, tmp_path, capsys):
     assert "tasks was 3, is 4" in error
 
 
+def test_an_encoder_of_another_run(tmp_path, capsys):
+    """It is what training begins with, and what a run that goes on has begun with."""
+    first, other, run = tmp_path / "first", tmp_path / "other", tmp_path / "run"
+    for out, seed in ((first, "0"), (other, "1")):
+        given = [*IMAGES, "--method", "baseline", *SMALL["baseline"], "--seed", seed]
+        assert cli.main([*given, "--out", str(out)]) == 0
+    train = [*GLYPHS, "--method", "feat", *SMALL["feat"], "--lr", "1e-12", "--schedule", "constant"]
+    train += ["--seed", "5", "--out", str(run)]
+    assert cli.main([*train, "--encoder-from", str(first)]) == 0
+    begun, found = (load_checkpoint(out / "checkpoint-best.pt")["model"] for out in (first, run))
+    names = [name for name in begun if name.startswith("encoder.") and name.endswith("weight")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[name], begun[name], rtol=0, atol=1e-9)
+    resume = [*train, "--steps", "4", "--resume", "--encoder-from"]
+    assert "encoder_from was 'SHA-256" in refused([*resume, str(other)], capsys)
+    assert cli.main([*resume, str(first / "checkpoint-best.pt")]) == 0
+    for arguments, message in (
+        (["--method", "feat", "--encoder-from", str(tmp_path / "none")], "--encoder-from: there is no file"),
+        (
+            ["--method", "maml", "--backbone", "conv4", "--encoder-from", str(first)],
+            "--encoder-from: maml has no encoder that could be another's",
+        ),
+        (
+            ["--method", "feat", "--channels", "8", "--train-ways", "4", "--encoder-from", str(first)],
+            "checkpoint-best.pt has another encoder (",
+        ),
+    ):
+        assert message in refused([*GLYPHS, *arguments, "--out", str(tmp_path / "no")], capsys)
+
+
 def test_the_report_of_a_pretrained_learner(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     run = tmp_path / "run"
