@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import encoder, episodes, inner_mlp, inner_module, peers
+from benchmarks import encoder, episodes, inner_mlp, inner_module, peers, task_heads
 from metafast import (
     adapted_logits,
     pairwise_distance,
@@ -784,6 +784,41 @@ def module_case(name: str, title: str, sizes: inner_module.ModuleSizes, goals: t
     )
 
 
+def without_gradients(function: Callable[..., Tensor], inputs: Inputs) -> Call:
+    """What is only evaluated."""
+    return lambda: (function(*inputs.arguments),)
+
+
+def fit_check(kind: str) -> Callable[[Inputs], Callable[[Any], float]]:
+    def check(inputs: Inputs) -> Callable[[Any], float]:
+        expected = without_gradients(task_heads.looped(task_heads.KINDS[kind]), inputs.double())()
+        return lambda results: relative_error(results, expected)
+
+    return check
+
+
+def fit_case(kind: str, features: int) -> Case:
+    sizes = task_heads.FitSizes(features=features)
+    ways = {
+        OURS: task_heads.fused,
+        "all tasks' heads by autograd": task_heads.stacked,
+        "loop over tasks": task_heads.looped,
+    }
+    return Case(
+        name=f"{kind}-fit-d{features}",
+        title=f"heads of {kind} for {sizes.tasks} tasks, D = {features}",
+        sizes=sizes,
+        tiny=sizes.shrunk(),
+        inputs=lambda sizes: Inputs(task_heads.inputs(sizes)),
+        check=fit_check(kind),
+        variants=tuple(
+            Variant(name, way(task_heads.KINDS[kind]), prepare=without_gradients, on_gpu=False)
+            for name, way in ways.items()
+        ),
+        goals=(),
+    )
+
+
 _CDIST_HEADS = ("torch.cdist, one-hot means", "torch.cdist, index_add means")
 _ONE = torch.ones(1, 1, 1)
 
@@ -996,6 +1031,7 @@ CASES: tuple[Case, ...] = (
         )
         for steps in (1, 5)
     ),
+    *(fit_case(kind, features) for kind in task_heads.KINDS for features in (64, 1600)),
     maps_case(28, (Goal(("eager",), 4.5, 6.5), Goal(("torch.compile",), 4.0, 5.5))),
     maps_case(14, (Goal(("eager", "eager, channels last"), 3.0, 6.0),)),
     maps_case(7, (Goal(("eager", "eager, channels last"), 2.0, 3.0),)),

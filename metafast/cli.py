@@ -50,6 +50,9 @@ TRAIN_EXAMPLES = """examples:
       go on with a run that was stopped
   metafast train --method anil --data omniglot --root data/omniglot --steps 6000
       a linear head that adapts to each episode in five steps of gradient descent
+  metafast train --method baseline --data omniglot --root data/omniglot --steps 30000 --out runs/baseline
+  metafast train --method feat --data omniglot --root data/omniglot --encoder-from runs/baseline --lr 1e-4
+      an encoder that classifies all training classes, and attention between prototypes that begins with it
   metafast train --method maml --data sinusoid --steps 70000 --schedule cosine --test-steps 1 5 10
       regression on sine waves: squared error after 1, 5 and 10 steps
   torchrun --nproc-per-node 4 -m metafast train --data omniglot --root data/omniglot --tasks 8
@@ -210,6 +213,8 @@ _count = _parsed(int, lambda value: value >= 0, "a whole number from 0")
 _ways = _parsed(int, lambda value: value >= 2, "at least 2 ways")
 _size = _parsed(int, lambda value: value >= 16, "a whole number of at least 16 pixels")
 _positive_float = _parsed(float, lambda value: value > 0 and math.isfinite(value), "a positive number")
+_not_negative_float = _parsed(float, lambda value: 0 <= value < math.inf, "a number that is not negative")
+_dropout = _parsed(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 _fraction = _parsed(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 _seed = _parsed(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
 _episode_count = _parsed(int, lambda value: value >= 2, "at least 2 episodes")
@@ -282,8 +287,12 @@ def _train_parser() -> argparse.ArgumentParser:
         f"{commands.WAVE_QUERIES} points)",
     )
     usual = ", ".join(f"{method.tasks} for {name}" for name, method in METHODS.items() if method.tasks > 1)
+    images = " and ".join(name for name, method in METHODS.items() if method.pretraining)
     episodes.add_argument(
-        "--tasks", type=_positive_int, metavar="T", help=f"episodes per step (default: {usual}, else 1)"
+        "--tasks",
+        type=_positive_int,
+        metavar="T",
+        help=f"episodes per step, single images for {images} (default: {usual}, else 1)",
     )
     _add_course_options(parser)
     test = parser.add_argument_group("test")
@@ -329,12 +338,34 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--metric", "distance to the prototypes (default: sqeuclidean)", choices=METRICS)
     add(
         "--temperature",
-        "factor of the distances (default: 10 for cosine, whose distances are small, else 1)",
+        "factor of the distances (default: 10 for cosine, whose distances are small, 1/64 for feat, else 1)",
         **number,
     )
     add("--learn-temperature", "train the temperature too", action=_Switch)
+    add("--heads", "of the attention between prototypes (default: 1)", type=_positive_int, metavar="N")
+    add(
+        "--dropout",
+        "of what the attention adds to the prototypes (default: 0.5)",
+        type=_dropout,
+        metavar="X",
+    )
+    add(
+        "--balance",
+        "weight of the contrastive loss (default: 1)",
+        type=_not_negative_float,
+        metavar="X",
+    )
+    add(
+        "--contrastive-temperature",
+        "factor of the distances in the contrastive loss (default: 1/16)",
+        **number,
+    )
     add("--regularisation", "initial factor of the identity in the ridge regression (default: 50)", **number)
-    add("--scale", "factor of the logits, at first of r2d2's (default: 10)", **number)
+    add(
+        "--scale",
+        "factor of the logits, at first of r2d2's (default: 10; baseline-plus-plus: 2 for 200 classes or fewer)",
+        **number,
+    )
     add("--learn-scale", "train the factor too", action=_Switch)
     add("--full-context", "embed every image in the context of the support images", action=_Switch)
     add("--relation-loss", "of the scores (default: mse)", choices=RELATION_LOSSES)
@@ -344,7 +375,8 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--inner-lr",
         "rate of the inner steps, of metasgd and maml++ the initial one (default: 0.1 for anil, boil and maml++, "
-        "0.01 for maml, protomaml and sinusoid, 0.001 for reptile, for metasgd drawn from 0.005 to 0.1)",
+        "0.01 for maml, protomaml, baseline, baseline-plus-plus and sinusoid, 0.001 for reptile, for metasgd drawn "
+        "from 0.005 to 0.1)",
         **number,
     )
     add("--learn-inner-lr", "train the rate too", action=_Switch)
@@ -361,7 +393,18 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "they are (default: transductive)",
         choices=INNER_BATCH_NORM,
     )
-    add("--inner-batch", "support rows of an inner step (default: 10)", type=_positive_int, metavar="N")
+    add(
+        "--inner-batch",
+        "support rows of an inner step (default: 10 for reptile, else 4)",
+        type=_positive_int,
+        metavar="N",
+    )
+    add(
+        "--inner-epochs",
+        "passes over the support rows that fit a head (default: 100)",
+        type=_count,
+        metavar="N",
+    )
     add("--inner-optimizer", "of the inner steps (default: adam)", choices=INNER_OPTIMIZERS)
     add(
         "--multi-step",
@@ -457,6 +500,12 @@ def _add_course_options(parser: argparse.ArgumentParser) -> None:
         action=_Switch,
         default=True,
         help="under torchrun: BatchNorm normalises by the images of all processes (the default), or of its own",
+    )
+    course.add_argument(
+        "--encoder-from",
+        type=Path,
+        metavar="FILE",
+        help="begin with the encoder of another run: its folder (the best checkpoint) or a checkpoint",
     )
     course.add_argument(
         "--seed", type=_seed, default=0, metavar="S", help="of the weights and the training episodes"

@@ -19,7 +19,15 @@ from torch import nn
 import metafast
 from metafast._library import keep_pages
 from metafast.config import UsageError
-from metafast.data import Classes, Episodes, EpisodeSampler, FixedEpisodes, ImageClasses, SinusoidSampler
+from metafast.data import (
+    Classes,
+    Episodes,
+    EpisodeSampler,
+    FixedEpisodes,
+    ImageClasses,
+    RowSampler,
+    SinusoidSampler,
+)
 from metafast.memory import predicted_memory
 from metafast.methods import METHODS, OPTIMIZERS, OPTIONS, settle_options
 from metafast.sources import (
@@ -64,7 +72,7 @@ class _Data:
         text: the same with numbers, for the first line of a run.
     """
 
-    train: EpisodeSampler | SinusoidSampler
+    train: EpisodeSampler | RowSampler | SinusoidSampler
     validation: FixedEpisodes | None
     tests: Tests
     settings: dict[str, Any]
@@ -81,6 +89,8 @@ def train(options: Options, arguments: Sequence[str]) -> int:
     data = _sinusoid_data(options) if options.data == [SINUSOID] else _image_data(options, device)
     settings = _settings(options, data)
     learner = METHODS[options.method].make(settings).to(device)
+    if options.encoder_from is not None:
+        settings["encoder_from"] = _take_encoder(options.encoder_from, options.method, learner)
     _settle_batch_norm(options, learner)
     say(_introduction(options, data, device))
     if options.memory is not None:
@@ -232,13 +242,14 @@ def _fewest(datasets: Datasets) -> int:
 
 def _fill_in_numbers(options: Options, datasets: Datasets, tests: Datasets) -> None:
     """Usual numbers of ways and queries where none were given, as far as the data sets go."""
-    if options.train_ways is None:
-        usual = METHODS[options.method].train_ways or min(SOURCES[name].train_ways for name in datasets)
-        options.train_ways = min(usual, _fewest(datasets))
-    if options.shots is None:
-        options.shots = 1
-    if options.train_queries is None:
-        options.train_queries = _at_most(TRAIN_QUERIES, _smallest(datasets) - options.shots)
+    if not METHODS[options.method].pretraining:
+        if options.train_ways is None:
+            usual = METHODS[options.method].train_ways or min(SOURCES[name].train_ways for name in datasets)
+            options.train_ways = min(usual, _fewest(datasets))
+        if options.shots is None:
+            options.shots = 1
+        if options.train_queries is None:
+            options.train_queries = _at_most(TRAIN_QUERIES, _smallest(datasets) - options.shots)
     _fill_in_test_numbers(options, tests, options.method, options.train_ways)
 
 
@@ -319,19 +330,10 @@ def _validation(datasets: Datasets, options: Options) -> FixedEpisodes:
     return fixed
 
 
-def _image_data(options: Options, device: torch.device) -> _Data:
-    roots = with_roots(options.data, options.root)
-    reading = Reading(
-        options.size,
-        1 if options.grey else None,
-        options.split_seed,
-        options.min_images,
-        options.skip_corrupt,
-    )
-    datasets, reading = open_splits(roots, options.split, reading, device)
-    tests, _ = open_splits(roots, "test", reading, device)
-    _fill_in_numbers(options, datasets, tests)
-    sampler = _made(
+def _training_sampler(datasets: Datasets, options: Options) -> EpisodeSampler | RowSampler:
+    if METHODS[options.method].pretraining:
+        return RowSampler(_one_or_all(datasets), options.tasks, options.seed)
+    sampler: EpisodeSampler = _made(
         "training episodes",
         options,
         "--train-ways",
@@ -345,6 +347,22 @@ def _image_data(options: Options, device: torch.device) -> _Data:
             options.seed,
         ),
     )
+    return sampler
+
+
+def _image_data(options: Options, device: torch.device) -> _Data:
+    roots = with_roots(options.data, options.root)
+    reading = Reading(
+        options.size,
+        1 if options.grey else None,
+        options.split_seed,
+        options.min_images,
+        options.skip_corrupt,
+    )
+    datasets, reading = open_splits(roots, options.split, reading, device)
+    tests, _ = open_splits(roots, "test", reading, device)
+    _fill_in_numbers(options, datasets, tests)
+    sampler = _training_sampler(datasets, options)
     sources = _test_episodes(tests, options)
     validation = None
     if options.split == "train":
@@ -352,10 +370,14 @@ def _image_data(options: Options, device: torch.device) -> _Data:
     settings = {"train_ways": options.train_ways, "in_channels": reading.channels, "size": reading.size}
     settings |= {name: getattr(reading, name) for name in ("split_seed", "min_images", "skip_corrupt")}
     settings["training_classes"] = _classes_digest(datasets)
+    training = f"{options.train_ways}-way {options.shots}-shot {options.train_queries}-query training"
+    if isinstance(sampler, RowSampler):
+        settings["base_classes"] = sampler.ways
+        training = f"pre-training on {options.tasks} a step"
     size = "x".join(map(str, next(iter(datasets.values())).images.shape[1:]))
     text = (
         f"{_names(roots)}: {sum(dataset.num_classes for dataset in datasets.values())} training classes, "
-        f"images {size}, {options.train_ways}-way {options.shots}-shot {options.train_queries}-query training"
+        f"images {size}, {training}"
     )
     return _Data(sampler, validation, sources, settings, _names(roots), text)
 
@@ -482,7 +504,9 @@ def _draw_run(
         history,
         curve,
         title,
-        f"training, {shape(options.train_ways or 0, options.shots)}",
+        "training, single images"
+        if isinstance(data.train, RowSampler)
+        else f"training, {shape(options.train_ways or 0, options.shots)}",
         f"validation, {shape(validation['ways'], validation['shots'])}" if validation else "",
     )
     title = f"{title}: {shape(ways, shots)} test"
@@ -500,6 +524,38 @@ def _can_draw() -> bool:
     return False
 
 
+def _read_checkpoint(path: Path, option: str) -> tuple[Path, dict[str, Any]]:
+    """The file and its content; a folder is that of a run."""
+    if path.is_dir():
+        path = path / "checkpoint-best.pt"
+    try:
+        return path, load_checkpoint(path)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise UsageError(str(error).replace("checkpoint", option, 1)) from error
+
+
+def _take_encoder(path: Path, method: str, learner: nn.Module) -> str:
+    """Give the learner the encoder of a checkpoint; a digest of its weights, which a resumed run must have too."""
+    encoder = getattr(learner, "encoder", None)
+    if not isinstance(encoder, nn.Module):
+        raise UsageError(f"--encoder-from: {method} has no encoder that could be another's")
+    path, checkpoint = _read_checkpoint(path, "--encoder-from")
+    state = {
+        name.removeprefix("encoder."): value
+        for name, value in checkpoint["model"].items()
+        if name.startswith("encoder.")
+    }
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--encoder-from: {path} has another encoder ({reason[:200]})") from error
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return f"SHA-256 {digest.hexdigest()[:16]}"
+
+
 def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.device]:
     """The file, the content and the learner of ``--checkpoint``, and the device."""
     if options.checkpoint is None:
@@ -507,13 +563,7 @@ def _load(options: Options) -> tuple[Path, dict[str, Any], nn.Module, torch.devi
             "--checkpoint is missing: the folder of a run, or a checkpoint in it, such as "
             "--checkpoint runs/protonet-glyphs"
         )
-    path: Path = options.checkpoint
-    if path.is_dir():
-        path = path / "checkpoint-best.pt"
-    try:
-        checkpoint = load_checkpoint(path)
-    except (FileNotFoundError, CheckpointError) as error:
-        raise UsageError(f"--{error}") from error
+    path, checkpoint = _read_checkpoint(options.checkpoint, "--checkpoint")
     device = _prepare(options)
     settings = checkpoint["settings"]
     try:

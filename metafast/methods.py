@@ -16,8 +16,11 @@ from metafast.config import UsageError
 from metafast.learners import (
     ANIL,
     BOIL,
+    FEAT,
     MAML,
     R2D2,
+    Baseline,
+    BaselinePlusPlus,
     MAMLPlusPlus,
     MatchingNet,
     MetaSGD,
@@ -27,6 +30,8 @@ from metafast.learners import (
     RelationHead,
     RelationNet,
     Reptile,
+    SetAttention,
+    SimpleShot,
 )
 from metafast.sources import SINUSOID
 
@@ -46,10 +51,11 @@ class Method:
     Attributes:
         make: from the settings of a run to a new learner.
         options: those of :data:`OPTIONS` that it understands, with their defaults.
-        tasks: usual number of episodes per step.
+        tasks: usual number of episodes per step, in pre-training of images.
         train_ways: usual number of ways in training, None for that of the data set.
         head: whether it has an output for each class, so that all episodes have as many ways.
         waves: whether it does regression.
+        pretraining: whether it is trained to classify single images of all classes, and not on episodes.
         optimizer, lr, schedule: usual ones of the outer steps.
         encoder: what has the option ``channels``.
     """
@@ -60,6 +66,7 @@ class Method:
     train_ways: int | None = None
     head: bool = False
     waves: bool = False
+    pretraining: bool = False
     optimizer: str = "adam"
     lr: float = 1e-3
     schedule: str = "step"
@@ -87,6 +94,40 @@ def _matching(settings: Settings) -> MatchingNet:
         settings["scale"],
         settings["learn_scale"],
         full_context=encoder.features(settings["size"]) if settings["full_context"] else None,
+        episode_statistics=settings["episode_statistics"],
+    )
+
+
+def _simpleshot(settings: Settings) -> SimpleShot:
+    encoder = _encoder(settings)
+    return SimpleShot(
+        encoder,
+        encoder.features(settings["size"]),
+        settings["base_classes"],
+        settings["metric"],
+        settings["temperature"],
+    )
+
+
+def _baseline(settings: Settings) -> Baseline:
+    encoder = _encoder(settings)
+    features, classes = encoder.features(settings["size"]), settings["base_classes"]
+    options: dict[str, Any] = {
+        "lr": settings["inner_lr"],
+        "batch_size": settings["inner_batch"],
+        "epochs": settings["inner_epochs"],
+    }
+    if settings["method"] == "baseline":
+        return Baseline(encoder, features, classes, **options)
+    return BaselinePlusPlus(encoder, features, classes, settings["scale"], **options)
+
+
+def _feat(settings: Settings) -> FEAT:
+    encoder = _encoder(settings)
+    return FEAT(
+        encoder,
+        SetAttention(encoder.features(settings["size"]), settings["heads"], dropout=settings["dropout"]),
+        **{name: settings[name] for name in ("metric", "temperature", "balance", "contrastive_temperature")},
         episode_statistics=settings["episode_statistics"],
     )
 
@@ -163,6 +204,12 @@ def _adapting(
 
 
 _CONV4_OPTIONS: dict[str, Any] = {"channels": 64, "episode_statistics": False}
+_BASELINE_OPTIONS: dict[str, Any] = {
+    "channels": 64,
+    "inner_lr": 0.01,
+    "inner_batch": 4,
+    "inner_epochs": 100,
+}
 _ADAPTING_OPTIONS: dict[str, Any] = {
     "backbone": "conv4",
     "channels": 64,
@@ -190,6 +237,28 @@ METHODS = {
         _matching, {**_CONV4_OPTIONS, "scale": 10.0, "learn_scale": False, "full_context": False}
     ),
     "relation": Method(_relation, {"channels": 64, "relation_loss": "mse"}, encoder="RelationEncoder"),
+    "feat": Method(
+        _feat,
+        {
+            **_CONV4_OPTIONS,
+            "metric": "sqeuclidean",
+            "temperature": None,
+            "heads": 1,
+            "dropout": 0.5,
+            "balance": 1.0,
+            "contrastive_temperature": 1 / 16,
+        },
+        tasks=16,
+        train_ways=5,
+    ),
+    "simpleshot": Method(
+        _simpleshot,
+        {"channels": 64, "metric": "sqeuclidean", "temperature": None},
+        tasks=64,
+        pretraining=True,
+    ),
+    "baseline": Method(_baseline, _BASELINE_OPTIONS, tasks=64, pretraining=True),
+    "baseline-plus-plus": Method(_baseline, {**_BASELINE_OPTIONS, "scale": None}, tasks=64, pretraining=True),
     "anil": Method(
         _anil,
         {**_CONV4_OPTIONS, "inner_lr": 0.1, "inner_steps": 5, "learn_inner_lr": False, "first_order": False},
@@ -285,6 +354,13 @@ def settle_options(options: argparse.Namespace) -> None:
         usual = method.options["inner_lr"]
         if options.data == [SINUSOID] and options.inner_lr is None and usual is not None:
             options.inner_lr = min(WAVE_RATE, usual)
+    if method.pretraining:
+        for name in ("train_ways", "shots", "train_queries"):
+            if getattr(options, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: {options.method} is trained on single images of all classes, not "
+                    "on episodes; leave it out"
+                )
     for name in OPTIONS:
         if name in method.options:
             if getattr(options, name) is None:
@@ -299,8 +375,9 @@ def settle_options(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--inner-batch-norm per_step is of maml++; {options.method} has no statistics of each step"
         )
-    if options.method == "protonet" and options.temperature is None:
-        options.temperature = 10.0 if options.metric == "cosine" else 1.0
+    if "temperature" in method.options and options.temperature is None:
+        usual = 1 / 64 if options.method == "feat" else 1.0
+        options.temperature = 10.0 if options.metric == "cosine" else usual
     if "hidden" in method.options and options.hidden is None:
         options.hidden = HIDDEN_FOR_WAVES if options.data == [SINUSOID] else HIDDEN_FOR_IMAGES
     for name in ("tasks", "optimizer", "lr", "schedule"):

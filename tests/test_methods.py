@@ -21,7 +21,8 @@ COMMON = [
     "--episodes",
     "4",
 ]
-GLYPHS = ["train", "--data", "glyphs", "--size", "16", "--queries", "2", "--train-queries", "2", *COMMON]
+IMAGES = ["train", "--data", "glyphs", "--size", "16", "--queries", "2", *COMMON]
+GLYPHS = [*IMAGES, "--train-queries", "2"]
 WAVES = ["train", "--data", "sinusoid", "--hidden", "6", "4", "--queries", "20", *COMMON]
 SMALL = {
     "protonet": ["--channels", "4", "--train-ways", "4"],
@@ -29,6 +30,10 @@ SMALL = {
     "r2d2": ["--channels", "4", "--train-ways", "4", "--ways", "3"],
     "matching": ["--channels", "4", "--train-ways", "4", "--full-context", "--learn-scale"],
     "relation": ["--channels", "4", "--train-ways", "4", "--size", "22"],
+    "feat": ["--channels", "4", "--train-ways", "4", "--tasks", "2", "--heads", "2", "--dropout", "0"],
+    "baseline": ["--channels", "4", "--tasks", "3", "--inner-epochs", "2"],
+    "baseline-plus-plus": ["--channels", "4", "--tasks", "3", "--inner-epochs", "2", "--scale", "3"],
+    "simpleshot": ["--channels", "4", "--tasks", "3"],
     "maml": [
         "--hidden",
         "6",
@@ -74,7 +79,8 @@ def refused(arguments, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_images_from_training_to_evaluation(method, tmp_path, capsys):
-    assert cli.main([*GLYPHS, "--method", method, *SMALL[method], "--out", str(tmp_path / "run")]) == 0
+    train = [*(IMAGES if METHODS[method].pretraining else GLYPHS), "--method", method, *SMALL[method]]
+    assert cli.main([*train, "--out", str(tmp_path / "run")]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     own = METHODS[method].options
     assert {name for name in OPTIONS if name in result["settings"]} == own.keys()
@@ -208,14 +214,18 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--method anil --metric cosine", "--metric is an option of protonet; anil has no use for it"),
+        (
+            "--method anil --metric cosine",
+            "--metric is an option of protonet, feat, simpleshot; anil has no use for it",
+        ),
         (
             "--method anil --no-learn-temperature",
             "--learn-temperature is an option of protonet; anil has no use",
         ),
         (
             "--method protonet --inner-lr 0.1",
-            "--inner-lr is an option of anil, maml, metasgd, boil, maml++, reptile, protomaml; protonet has no use",
+            "--inner-lr is an option of baseline, baseline-plus-plus, anil, maml, metasgd, boil, maml++, reptile, "
+            "protomaml; protonet has no use",
         ),
         (
             "--method relation --size 16",
@@ -246,6 +256,15 @@ def test_the_report_of_a_learner_with_a_head(tmp_path, capsys):
         (
             "--method reptile --first-order",
             "--first-order is an option of anil, maml, metasgd, boil, maml++, protomaml; reptile has no use",
+        ),
+        (
+            "--method simpleshot --train-ways 5",
+            "--train-ways: simpleshot is trained on single images of all classes, not on episodes; leave it out",
+        ),
+        ("--method feat --dropout 1", "argument --dropout: expected a number from 0 to below 1, got '1'"),
+        (
+            "--method feat --balance -1",
+            "argument --balance: expected a number that is not negative, got '-1'",
         ),
         ("--method maml --learn-inner-lr", "--learn-inner-lr is an option of anil; maml has no use for it"),
         ("--method anil --ways 5 7 --train-ways 5", "--ways: anil has a head for 5 classes from training"),
@@ -299,6 +318,69 @@ def test_checkpoints_and_other_data(tmp_path, capsys):
     assert "sinusoid is regression; the report is on classes, so use metafast evaluate" in refused(
         ["analyze", "--checkpoint", str(waves)], capsys
     )
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.pretraining])
+def test_pretraining_on_single_images(method, tmp_path, capsys):
+    """Gone on with exactly; the base classes are those of the training."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train = [*IMAGES, "--method", method, *SMALL[method], "--schedule", "constant"]
+    assert cli.main([*train, "--out", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "32 training classes, images 1x16x16, pre-training on 3 a step, batch statistics" in printed
+    settings = load_checkpoint(run / "checkpoint-best.pt")["settings"]
+    assert settings["base_classes"] == 32 and settings["train_ways"] is settings["shots"] is None
+    assert cli.main([*train, "--steps", "5", "--resume", "--out", str(run)]) == 0
+    assert cli.main([*train, "--steps", "5", "--out", str(whole)]) == 0
+    one, other = (load_checkpoint(folder / "checkpoint-last.pt")["model"] for folder in (run, whole))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert ("feature_mean" in one) == (method == "simpleshot")
+    error = refused([*train, "--tasks", "4", "--resume", "--out", str(run)], capsys)
+    assert "tasks was 3, is 4" in error
+
+
+def test_an_encoder_of_another_run(tmp_path, capsys):
+    """It is what training begins with, and what a run that goes on has begun with."""
+    first, other, run = tmp_path / "first", tmp_path / "other", tmp_path / "run"
+    for out, seed in ((first, "0"), (other, "1")):
+        given = [*IMAGES, "--method", "baseline", *SMALL["baseline"], "--seed", seed]
+        assert cli.main([*given, "--out", str(out)]) == 0
+    train = [*GLYPHS, "--method", "feat", *SMALL["feat"], "--lr", "1e-12", "--schedule", "constant"]
+    train += ["--seed", "5", "--out", str(run)]
+    assert cli.main([*train, "--encoder-from", str(first)]) == 0
+    begun, found = (load_checkpoint(out / "checkpoint-best.pt")["model"] for out in (first, run))
+    names = [name for name in begun if name.startswith("encoder.") and name.endswith("weight")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[name], begun[name], rtol=0, atol=1e-9)
+    resume = [*train, "--steps", "4", "--resume", "--encoder-from"]
+    assert "encoder_from was 'SHA-256" in refused([*resume, str(other)], capsys)
+    assert cli.main([*resume, str(first / "checkpoint-best.pt")]) == 0
+    for arguments, message in (
+        (["--method", "feat", "--encoder-from", str(tmp_path / "none")], "--encoder-from: there is no file"),
+        (
+            ["--method", "maml", "--backbone", "conv4", "--encoder-from", str(first)],
+            "--encoder-from: maml has no encoder that could be another's",
+        ),
+        (
+            ["--method", "feat", "--channels", "8", "--train-ways", "4", "--encoder-from", str(first)],
+            "checkpoint-best.pt has another encoder (",
+        ),
+    ):
+        assert message in refused([*GLYPHS, *arguments, "--out", str(tmp_path / "no")], capsys)
+
+
+def test_the_report_of_a_pretrained_learner(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "have_matplotlib", lambda: True)
+        assert cli.main([*IMAGES, "--method", "simpleshot", *SMALL["simpleshot"], "--out", str(run)]) == 0
+    assert (run / "learning-curve.png").is_file() and (run / "episode.png").is_file()
+    analyze = ["analyze", "--checkpoint", str(run), "--episodes", "4", "--queries", "2", "--ways", "3"]
+    assert cli.main([*analyze, "--vary-ways", "2", "3", "--vary-shots", "1", "2"]) == 0
+    report = json.loads((run / "generalisation.json").read_text())
+    assert [point["ways"] for point in report["by_ways"]] == [2, 3]
 
 
 @pytest.mark.parametrize(

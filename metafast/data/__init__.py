@@ -7,6 +7,7 @@ from metafast.data.glyphs import glyphs
 from metafast.data.image_files import ImageFiles
 from metafast.data.image_folder import image_folder
 from metafast.data.omniglot import omniglot
+from metafast.data.rows import RowSampler
 from metafast.data.sampler import EpisodePlan, EpisodeSampler, TaskSampler
 from metafast.data.sinusoids import SinusoidPlan, SinusoidSampler
 from metafast.data.stream import EpisodeLoader, EpisodeStream
@@ -24,6 +25,7 @@ __all__ = [
     "FixedEpisodes",
     "ImageClasses",
     "ImageFiles",
+    "RowSampler",
     "SinusoidPlan",
     "SinusoidSampler",
     "TaskSampler",

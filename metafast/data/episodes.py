@@ -15,7 +15,8 @@ class Episodes:
     """A batch of `T` few-shot tasks, the task dimension first.
 
     All tasks have the same number of ways, of support rows `n` and of query rows `m`; the classes of a task
-    may have different numbers of rows. A batch of regression tasks has 0 ways and floating-point targets.
+    may have different numbers of rows. A batch of regression tasks has 0 ways and floating-point targets. One of tasks
+    without support rows (`n = 0`) holds rows to classify as they are, such as those of :class:`RowSampler`.
 
     Args:
         support_x: inputs to learn from, `[T, n, ...]`, any dtype.
@@ -177,8 +178,8 @@ def check(episodes: Episodes) -> None:
 
     Raises:
         TypeError: `episodes` is no :class:`Episodes`.
-        ValueError: a label outside `0..ways-1`, a class of a task without a support row, or a regression
-            target that is infinite or NaN; the message names the field, the task and the label or row.
+        ValueError: a label outside `0..ways-1`, a class of a task without a support row while others have some, or a
+            regression target that is infinite or NaN; the message names the field, the task and the label or row.
     """
     if not isinstance(episodes, Episodes):
         raise TypeError(f"episodes must be metafast.Episodes, got {type(episodes).__name__}")
@@ -202,6 +203,8 @@ def check(episodes: Episodes) -> None:
                 f"{name} must hold labels in 0..{ways - 1}, got {int(labels[task, row])} "
                 f"at task {task}, row {row}"
             )
+    if not episodes.support_y.shape[1]:
+        return
     counts = torch.zeros(episodes.tasks, ways, dtype=torch.int64, device=episodes.device)
     counts.scatter_add_(1, episodes.support_y, torch.ones_like(episodes.support_y))
     missing = (counts == 0).nonzero()

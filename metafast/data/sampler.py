@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -197,7 +197,7 @@ class EpisodeSampler(TaskSampler[EpisodePlan]):
         class_weights: ClassWeights | Sequence[ClassWeights | None] | None = None,
     ) -> None:
         super().__init__(tasks, seed)
-        self.datasets = _datasets(dataset)
+        self.datasets = as_datasets(dataset)
         self._ways = integer_range("ways", ways, minimum=1)
         self._shots = integer_range("shots", shots, minimum=1)
         self._queries = integer_range("queries", queries, minimum=1)
@@ -320,23 +320,10 @@ class EpisodeSampler(TaskSampler[EpisodePlan]):
     def _gather(self, plan: EpisodePlan) -> Tensor:
         """The support rows of all tasks, then their query rows."""
         rows = np.concatenate([plan.support_rows.reshape(-1), plan.query_rows.reshape(-1)])
-        if len(self.datasets) == 1:
-            data = self.datasets[0]
-            turns = _turns(plan, data) if data.rotations else None
-            return data.gather(torch.from_numpy(rows), turns)
         owners = np.concatenate(
             [plan.sources.repeat(side.shape[1]) for side in (plan.support_rows, plan.query_rows)]
         )
-        first = self.datasets[0]
-        x = torch.empty(len(rows), *first.row_shape, dtype=first.row_dtype, device=first.device)
-        for number, data in enumerate(self.datasets):
-            own = np.flatnonzero(owners == number)
-            if len(own):
-                turns = _turns(plan, data)[own] if data.rotations else None
-                x.index_copy_(
-                    0, torch.from_numpy(own).to(x.device), data.gather(torch.from_numpy(rows[own]), turns)
-                )
-        return x
+        return gathered(self.datasets, owners, rows, lambda data: _turns(plan, data))
 
     def _part(self, plan: EpisodePlan, start: int, stop: int) -> EpisodePlan:
         return EpisodePlan(plan.ways, plan.even, *(array[start:stop] for array in plan.arrays()))
@@ -368,6 +355,27 @@ class EpisodeSampler(TaskSampler[EpisodePlan]):
         )
 
 
+def gathered(
+    datasets: Sequence[Classes],
+    owners: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    turns: Callable[[Classes], Tensor],
+) -> Tensor:
+    """Rows of several data sets, each of the one that `owners` numbers; `turns(data)` are the quarter turns of all."""
+    first = datasets[0]
+    if len(datasets) == 1:
+        return first.gather(torch.from_numpy(rows), turns(first) if first.rotations else None)
+    x = torch.empty(len(rows), *first.row_shape, dtype=first.row_dtype, device=first.device)
+    for number, data in enumerate(datasets):
+        own = np.flatnonzero(owners == number)
+        if len(own):
+            own_turns = turns(data)[own] if data.rotations else None
+            x.index_copy_(
+                0, torch.from_numpy(own).to(x.device), data.gather(torch.from_numpy(rows[own]), own_turns)
+            )
+    return x
+
+
 def _given(ends: tuple[int, int]) -> int | tuple[int, int]:
     return ends[0] if ends[0] == ends[1] else ends
 
@@ -391,7 +399,7 @@ def _turns(plan: EpisodePlan, data: Classes) -> Tensor:
     return torch.from_numpy(np.concatenate([side.reshape(-1) for side in sides]))
 
 
-def _datasets(dataset: object) -> tuple[Classes, ...]:
+def as_datasets(dataset: object) -> tuple[Classes, ...]:
     datasets = (dataset,) if isinstance(dataset, Classes) else dataset
     if not isinstance(datasets, (tuple, list)):
         raise TypeError(

@@ -40,6 +40,48 @@ class EncoderLearner(nn.Module):
         return support, query
 
 
+class PretrainedLearner(EncoderLearner):
+    """A learner whose encoder is trained to classify the base classes, all at once.
+
+    A batch without support rows (:class:`metafast.data.RowSampler`) is of base classes, and ``head`` gives its logits;
+    any other is of episodes, for :meth:`classify`.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, features: int, head: nn.Module | None, base_classes: int | None
+    ) -> None:
+        super().__init__(encoder)
+        self.features = features
+        self.head = head
+        self.base_classes = base_classes
+
+    def embed(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        support, query = super().embed(episodes)
+        if query.shape[-1] != self.features:
+            raise ValueError(f"encoder: expected {self.features} features, got {query.shape[-1]}")
+        return support, query
+
+    def forward(self, episodes: Episodes) -> Outcome:
+        require_classes(episodes)
+        if episodes.support_x.shape[1]:
+            return self.classify(episodes)
+        if self.head is None:
+            raise ValueError(
+                "episodes: expected support rows, for there is no head of base classes, got none"
+            )
+        if episodes.ways != self.base_classes:
+            raise ValueError(
+                f"episodes: expected the {self.base_classes} base classes of the head, got {episodes.ways}"
+            )
+        _, rows = self.embed(episodes)
+        with torch.autocast(rows.device.type, enabled=False):
+            return classified(self.head(rows), episodes.query_y)
+
+    def classify(self, episodes: Episodes) -> Outcome:
+        """The outcome on episodes with support rows."""
+        raise NotImplementedError
+
+
 def classified(logits: Tensor, labels: Tensor) -> Outcome:
     """The outcome of ``logits [T, m, C]`` for ``labels [T, m]``: their mean cross-entropy."""
     return Outcome(cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)

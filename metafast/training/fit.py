@@ -121,7 +121,8 @@ def fit(
     - ``result.json``, at the end: all settings, seed, versions, time, and the validation accuracy with its
       interval.
 
-    A learner's method ``after_step()``, if it has one, is called after each optimiser step.
+    A learner's method ``after_step()``, if it has one, is called after each optimiser step, and its method
+    ``before_validation(train)`` before each validation, and where there is none, before each checkpoint in its place.
 
     Files are replaced atomically, so a kill at any moment leaves complete ones, and a run that is resumed
     after it continues bit for bit on the CPU.
@@ -254,7 +255,11 @@ def fit(
         on_step=on_step,
     )
 
+    prepare: Callable[[Sampler], None] | None = getattr(learner, "before_validation", None)
+
     def validate() -> Accuracy | SquaredError | None:
+        if prepare is not None:
+            prepare(train)
         if validation is None:
             return None
         return evaluate(learner, validation, validation_episodes, batch_norm=mode, progress="validation")
