@@ -53,7 +53,7 @@ def fused(kind: type[Baseline]) -> Callable[..., Tensor]:
     return call
 
 
-def batches(learner: Baseline, orders: list[Tensor]) -> Iterator[Tensor]:
+def batches(learner: Baseline, orders: Tensor) -> Iterator[Tensor]:
     for order in orders:
         yield from order.split(learner.batch_size)
 

@@ -367,9 +367,9 @@ def outcome_by_hand(learner, batch):
 
 #: Fewer rows than features and more, a last mini-batch of one row and a full one, a scale and no momentum.
 FITS = {
-    "usual": {"features": 9, "epochs": 20},
+    "usual": {"features": 20, "epochs": 20},
     "more rows than features": {"features": 3, "epochs": 15, "batch_size": 3, "seed": 5},
-    "one row": {"features": 9, "batch_size": 1, "lr": 0.3, "epochs": 5, "weight_decay": 0.2},
+    "one row": {"features": 12, "batch_size": 1, "lr": 0.3, "epochs": 5, "weight_decay": 0.2},
     "all rows": {"features": 4, "batch_size": 99, "lr": 0.5, "epochs": 7, "momentum": 0.0},
     "undamped": {"features": 7, "lr": 0.2, "epochs": 4, "dampening": 0.0, "momentum": 0.5},
 }
@@ -639,7 +639,7 @@ def test_directions_are_those_of_gradients():
         logits = rows @ (height * leaves[0]).mT
         loss = -(targets * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
         expected = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found = fit_directions(rows, targets, v, norms, [torch.arange(4)], 4, {"lr": 1.0}, 1.5)
+        found = fit_directions(rows, targets, v, norms, torch.arange(4).unsqueeze(0), 4, {"lr": 1.0}, 1.5)
         torch.testing.assert_close(v - found[0], expected[0], rtol=1e-12, atol=1e-12)
         if norms is not None:
             torch.testing.assert_close(g - found[1], expected[1], rtol=1e-12, atol=1e-12)

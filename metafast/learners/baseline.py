@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class LinearHead(nn.Module):
         self,
         rows: Tensor,
         targets: Tensor,
-        orders: Sequence[Tensor],
+        orders: Tensor,
         batch_size: int,
         sgd: Mapping[str, Any],
     ) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ class CosineHead(nn.Module):
         self,
         rows: Tensor,
         targets: Tensor,
-        orders: Sequence[Tensor],
+        orders: Tensor,
         batch_size: int,
         sgd: Mapping[str, Any],
     ) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def fit_directions(
     targets: Tensor,
     initial: Tensor,
     norms: Tensor | None,
-    orders: Sequence[Tensor],
+    orders: Tensor,
     batch_size: int,
     sgd: Mapping[str, Any],
     scale: float = 1.0,
@@ -164,7 +164,7 @@ def fit_directions(
         targets: ``[T, n, C]``, one-hot.
         initial: ``[C, d]``.
         norms: ``[C, 1]`` or None.
-        orders: of each pass the order of the rows, ``[n]``.
+        orders: ``[epochs, n]`` int64, of each pass the order of the rows.
         batch_size: rows of a step; the last of a pass has what is left.
         sgd: the options of ``torch.optim.SGD``.
         scale: s.
@@ -292,11 +292,14 @@ class Baseline(PretrainedLearner):
             head, parameters = self.fitted(support, episodes.support_y, episodes.ways)
             return classified(functional_call(head, parameters, (query,)), episodes.query_y)
 
-    def start(self, rows: int, ways: int) -> tuple[Head, list[Tensor]]:
-        """What every task begins with: a head on the CPU in float32, and the order of ``rows`` rows in each pass."""
+    def start(self, rows: int, ways: int) -> tuple[Head, Tensor]:
+        """What every task begins with: a head, in float32, and of each pass the order of rows; both on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
         head = self.make_head(self.features, ways, generator)
-        return head, [torch.randperm(rows, generator=generator) for _ in range(self.epochs)]
+        orders = torch.empty(self.epochs, rows, dtype=torch.int64)
+        for order in orders:
+            torch.randperm(rows, generator=generator, out=order)
+        return head, orders
 
     @torch.no_grad()
     def fitted(self, support: Tensor, labels: Tensor, ways: int) -> tuple[Head, dict[str, Tensor]]:
@@ -304,9 +307,7 @@ class Baseline(PretrainedLearner):
         head, orders = self.start(support.shape[1], ways)
         targets = one_hot(labels, ways).to(support.dtype)
         head = head.to(support)
-        return head, head.fitted(
-            support, targets, [order.to(support.device) for order in orders], self.batch_size, self.sgd
-        )
+        return head, head.fitted(support, targets, orders.to(support.device), self.batch_size, self.sgd)
 
     def extra_repr(self) -> str:
         options: dict[str, Any] = {**self.sgd, "epochs": self.epochs, "batch_size": self.batch_size}
