@@ -64,11 +64,12 @@ class SetAttention(nn.Module):
         self.w_qs = nn.Linear(features, heads * keys, bias=False)
         self.w_ks = nn.Linear(features, heads * keys, bias=False)
         self.w_vs = nn.Linear(features, heads * values, bias=False)
+        for layer, own in ((self.w_qs, keys), (self.w_ks, keys), (self.w_vs, values)):
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (features + own)))
+        # After those draws, for the source's weights from one seed.
         self.fc = nn.Linear(heads * values, features)
         self.layer_norm = nn.LayerNorm(features)
         self.dropout, self.attention_dropout = nn.Dropout(dropout), nn.Dropout(attention_dropout)
-        for layer, own in ((self.w_qs, keys), (self.w_ks, keys), (self.w_vs, values)):
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / (features + own)))
         nn.init.xavier_normal_(self.fc.weight)
 
     def forward(
