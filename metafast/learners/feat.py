@@ -67,8 +67,8 @@ class SetAttention(nn.Module):
         for layer, own in ((self.w_qs, keys), (self.w_ks, keys), (self.w_vs, values)):
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (features + own)))
         # After those draws, for the source's weights from one seed.
-        self.fc = nn.Linear(heads * values, features)
         self.layer_norm = nn.LayerNorm(features)
+        self.fc = nn.Linear(heads * values, features)
         self.dropout, self.attention_dropout = nn.Dropout(dropout), nn.Dropout(attention_dropout)
         nn.init.xavier_normal_(self.fc.weight)
 

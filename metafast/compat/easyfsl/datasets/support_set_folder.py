@@ -16,7 +16,7 @@ from metafast.compat.easyfsl.datasets.default_configs import default_transform
 
 __getattr__ = absent(__name__)
 
-NOT_A_TENSOR_ERROR_MESSAGE = "transform: expected tensors of one shape from it"
+NOT_A_TENSOR_ERROR_MESSAGE = "transform: expected tensors from it, got something else"
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -76,7 +76,7 @@ class SupportSetFolder(Dataset[Any]):
         images = [self[k][0] for k in range(len(self))]
         for image in images:
             if not isinstance(image, Tensor):
-                raise TypeError(f"{NOT_A_TENSOR_ERROR_MESSAGE}, got {type(image).__name__}")
+                raise TypeError(NOT_A_TENSOR_ERROR_MESSAGE)
         self.images = torch.stack(images).to(device)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:

@@ -99,18 +99,10 @@ class TaskSampler(Sampler[list[int]]):
             ValueError: a label that is a tensor of several; another number of rows than a task has.
         """
         if isinstance(input_data, Rows):
-            images, given = input_data.images, input_data.labels
+            images, labels = input_data.images, [_as_int(label) for label in input_data.labels]
         else:
-            for image, _ in input_data:
-                if not isinstance(image, Tensor):
-                    raise TypeError(
-                        f"image: expected a tensor, got {type(image).__name__}. {GENERIC_TYPING_ERROR_MESSAGE}"
-                    )
-            images, given = (
-                torch.stack([image for image, _ in input_data]),
-                [label for _, label in input_data],
-            )
-        labels = [label if type(label) is int else _as_int(label) for label in given]
+            pairs = self._cast_input_data_to_tensor_int_tuple(input_data)
+            images, labels = torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
         rows = self.n_shot + self.n_query
         if len(labels) != self.n_way * rows:
             raise ValueError(
@@ -128,6 +120,19 @@ class TaskSampler(Sampler[list[int]]):
             classes,
         )
 
+    @staticmethod
+    def _cast_input_data_to_tensor_int_tuple(
+        input_data: Sequence[tuple[Tensor, Tensor | int]],
+    ) -> list[tuple[Tensor, int]]:
+        pairs = []
+        for image, label in input_data:
+            if not isinstance(image, Tensor):
+                raise TypeError(
+                    f"image: expected a tensor, got {type(image).__name__}. {GENERIC_TYPING_ERROR_MESSAGE}"
+                )
+            pairs.append((image, _as_int(label)))
+        return pairs
+
 
 def _whole(value: Any, name: str) -> int:
     try:
@@ -139,6 +144,8 @@ def _whole(value: Any, name: str) -> int:
 
 
 def _as_int(label: Any) -> int:
+    if type(label) is int:
+        return label
     if isinstance(label, Tensor):
         if label.dtype not in _INTEGERS:
             raise TypeError(
