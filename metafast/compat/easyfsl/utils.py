@@ -133,9 +133,9 @@ def evaluate_on_one_task(
     model.process_support_set(support_images, support_labels)
     scores = model(query_images).detach()
     predicted = scores.argmax(1)
-    classes = support_labels.unique()
-    if len(classes) == scores.shape[1]:
-        predicted = classes[predicted]
+    classes = sorted(set(support_labels.tolist()))
+    if len(classes) == scores.shape[1] <= classes[-1]:
+        predicted = torch.tensor(classes, device=predicted.device)[predicted]
     return int((predicted == query_labels).sum()), len(query_labels)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.compat import absent
+from metafast.compat._class_means import class_numbers
 from metafast.compat.easyfsl.methods.utils import compute_prototypes
 from metafast.distance import pairwise_distance
 
@@ -40,7 +41,7 @@ class FewShotClassifier(nn.Module):
         self.prototypes = torch.tensor(())
         self.support_features = torch.tensor(())
         self.support_labels = torch.tensor(())
-        self.feature_centering = torch.tensor(0) if feature_centering is None else feature_centering
+        self.feature_centering = torch.tensor(0.0) if feature_centering is None else feature_centering
         self.feature_normalization = feature_normalization
 
     @abstractmethod
@@ -91,7 +92,7 @@ class FewShotClassifier(nn.Module):
 
     def _class_numbers(self) -> Tensor:
         """The place of each support label among the prototypes."""
-        return torch.unique(self.support_labels, return_inverse=True)[1]
+        return class_numbers(self.support_labels)[0]
 
     @staticmethod
     def _raise_error_if_features_are_multi_dimensional(features: Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import linear, normalize, one_hot
 
+from metafast.backbones import is_hooked
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
 from metafast.compat.easyfsl.modules.predesigned_modules import (
@@ -87,14 +89,36 @@ class MatchingNetworks(FewShotClassifier):
     def encode_query_features(self, query_features: Tensor) -> Tensor:
         """Query features ``[m, d]`` in the context of the support set."""
         support = self.contextualized_support_features
+        step = self._step(query_features, support)
         hidden, cell = query_features, torch.zeros_like(query_features)
         for _ in range(len(support)):
-            read = (hidden @ support.T).softmax(1) @ support
-            hidden, cell = self.query_features_encoding_cell(
-                torch.cat((query_features, read), 1), (hidden, cell)
-            )
+            hidden, cell = step((hidden @ support.T).softmax(1), hidden, cell)
             hidden = hidden + query_features
         return hidden
+
+    def _step(
+        self, queries: Tensor, support: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """From attention ``[m, n]`` and the two states to the new states."""
+        reader = self.query_features_encoding_cell
+        if type(reader) is not nn.LSTMCell or is_hooked(reader) or reader.bias_ih is None:
+            return lambda attention, hidden, cell: reader(
+                torch.cat((queries, attention @ support), 1), (hidden, cell)
+            )
+        # What the cell makes of the queries and of the support rows is the same in every step.
+        of_input, of_hidden = _sigmoids_first(reader.weight_ih), _sigmoids_first(reader.weight_hh)
+        of_queries, of_support = of_input.chunk(2, dim=1)
+        fixed = linear(queries, of_queries, _sigmoids_first(reader.bias_ih + reader.bias_hh))
+        weight = torch.cat((support @ of_support.T, of_hidden.T))
+        width = 3 * reader.hidden_size
+
+        def step(attention: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+            gates = torch.addmm(fixed, torch.cat((attention, hidden), 1), weight)
+            entered, kept, shown = gates[:, :width].sigmoid().chunk(3, dim=1)
+            cell = torch.addcmul(kept * cell, entered, gates[:, width:].tanh())
+            return shown * cell.tanh(), cell
+
+        return step
 
     def _validate_features_shape(self, features: Tensor) -> None:
         self._raise_error_if_features_are_multi_dimensional(features)
@@ -107,3 +131,9 @@ class MatchingNetworks(FewShotClassifier):
     @staticmethod
     def is_transductive() -> bool:
         return False
+
+
+def _sigmoids_first(parameter: Tensor) -> Tensor:
+    """The rows of an LSTM's gates, with the only one that has no sigmoid, the third, at the end."""
+    entered, kept, new, shown = parameter.chunk(4)
+    return torch.cat((entered, kept, shown, new))
