@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from metafast.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
-from metafast.prototype import prototypical_loss
 
 
 class FineTuning(FewShotClassifier):
@@ -30,11 +29,13 @@ class FineTuning(FewShotClassifier):
     def forward(self, query_images: Tensor) -> Tensor:
         features = self.compute_features(query_images).detach()
         support, numbers = self.support_features.detach(), self._class_numbers()
+        rows = torch.cat((support, features)) if self.is_transductive() else support
         with torch.enable_grad():
             self.prototypes = self.prototypes.detach().requires_grad_()
             optimizer = torch.optim.Adam([self.prototypes], lr=self.fine_tuning_lr)
             for _ in range(self.fine_tuning_steps):
-                loss = self._loss(support, numbers, features)
+                logits = self.temperature * self._scores(rows)
+                loss = self._loss(logits[: len(support)], numbers, logits[len(support) :])
                 (self.prototypes.grad,) = torch.autograd.grad(loss, [self.prototypes])
                 optimizer.step()
         return self.softmax_if_specified(self._scores(features), temperature=self.temperature).detach()
@@ -45,13 +46,10 @@ class FineTuning(FewShotClassifier):
 
     @abstractmethod
     def _loss(self, support: Tensor, numbers: Tensor, queries: Tensor) -> Tensor:
-        """What the prototypes descend: ``support [n, d]``, its class numbers ``[n]``, ``queries [m, d]``."""
+        """What the prototypes descend.
 
-    def _support_loss(self, support: Tensor, numbers: Tensor, metric: str) -> Tensor:
-        """The mean cross-entropy of support rows by the prototypes, at the temperature."""
-        classes = len(self.prototypes)
-        # Of a support set of one row each, the prototypes themselves, it is the prototypical loss.
-        own = torch.arange(classes, device=numbers.device)
-        return prototypical_loss(
-            self.prototypes, own, support, numbers, classes, metric, temperature=self.temperature
-        )[0]
+        Args:
+            support: logits ``[n, classes]``.
+            numbers: classes of the support rows ``[n]``.
+            queries: logits ``[m, classes]`` where the method is transductive.
+        """

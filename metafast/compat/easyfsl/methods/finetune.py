@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods._fine_tuning import FineTuning
@@ -47,7 +48,7 @@ class Finetune(FineTuning):
         return self.cosine_distance_to_prototypes(features)
 
     def _loss(self, support: Tensor, numbers: Tensor, queries: Tensor) -> Tensor:
-        return self._support_loss(support, numbers, "cosine")
+        return cross_entropy(support, numbers)
 
     @staticmethod
     def is_transductive() -> bool:

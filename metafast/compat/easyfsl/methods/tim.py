@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods._fine_tuning import FineTuning
@@ -60,12 +61,11 @@ class TIM(FineTuning):
         return self.cosine_distance_to_prototypes(features)
 
     def _loss(self, support: Tensor, numbers: Tensor, queries: Tensor) -> Tensor:
-        logits = self.temperature * self._scores(queries)
-        marginal = logits.softmax(1).mean(0)
+        marginal = queries.softmax(1).mean(0)
         return (
-            self.cross_entropy_weight * self._support_loss(support, numbers, "cosine")
+            self.cross_entropy_weight * cross_entropy(support, numbers)
             + self.marginal_entropy_weight * (marginal * marginal.log()).sum()
-            + self.conditional_entropy_weight * entropy(logits)
+            + self.conditional_entropy_weight * entropy(queries)
         )
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods.finetune import Finetune
@@ -44,8 +45,7 @@ class TransductiveFinetuning(Finetune):
         return self.l2_distance_to_prototypes(features)
 
     def _loss(self, support: Tensor, numbers: Tensor, queries: Tensor) -> Tensor:
-        certainty = entropy(self.temperature * self._scores(queries))
-        return self._support_loss(support, numbers, "euclidean") + certainty
+        return cross_entropy(support, numbers) + entropy(queries)
 
     @staticmethod
     def is_transductive() -> bool:
