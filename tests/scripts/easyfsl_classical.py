@@ -30,10 +30,10 @@ random.seed(0)
 torch.manual_seed(0)
 
 data = torch.load(path)
-classes = 10
+classes = 40
 images = data["train"][:classes].flatten(0, 1).expand(-1, 3, -1, -1)[..., ::2, ::2]
 labels = torch.arange(classes).repeat_interleave(20)
-train_loader = DataLoader(TensorDataset(images, labels), batch_size=20, shuffle=True)
+train_loader = DataLoader(TensorDataset(images, labels), batch_size=40, shuffle=True)
 
 model = resnet10(planes=[8, 16, 16, 32], use_fc=True, num_classes=classes)
 criterion = nn.CrossEntropyLoss()

@@ -8,12 +8,12 @@ import random
 import sys
 
 import torch
-from easyfsl.datasets import WrapFewShotDataset
+from easyfsl.datasets import FewShotDataset
 from easyfsl.methods import FewShotClassifier, PrototypicalNetworks
 from easyfsl.samplers import TaskSampler
 from easyfsl.utils import evaluate, sliding_average
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 path, steps = sys.argv[1], int(sys.argv[2])
 random.seed(0)
@@ -21,9 +21,23 @@ torch.manual_seed(0)
 N_WAY, N_SHOT, N_QUERY, DEVICE = 5, 1, 5, "cpu"
 
 
+class Characters(FewShotDataset):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images.flatten(0, 1)
+        self.labels = [k for k, own in enumerate(images) for _ in own]
+
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        return self.images[item], self.labels[item]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def get_labels(self) -> list[int]:
+        return self.labels
+
+
 def loader(images: torch.Tensor, n_tasks: int) -> DataLoader:
-    labels = torch.arange(len(images)).repeat_interleave(images.shape[1])
-    dataset = WrapFewShotDataset(TensorDataset(images.flatten(0, 1), labels))
+    dataset = Characters(images)
     sampler = TaskSampler(dataset, n_way=N_WAY, n_shot=N_SHOT, n_query=N_QUERY, n_tasks=n_tasks)
     return DataLoader(dataset, batch_sampler=sampler, num_workers=0, collate_fn=sampler.episodic_collate_fn)
 
@@ -39,7 +53,7 @@ train_loader, test_loader = loader(data["train"], steps), loader(data["test"], 3
 backbone = nn.Sequential(block(1, 16), block(16, 16), block(16, 16), nn.Flatten())
 model: FewShotClassifier = PrototypicalNetworks(backbone).to(DEVICE)
 criterion = nn.CrossEntropyLoss()
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
 
 before = evaluate(model, test_loader, device=DEVICE, use_tqdm=False)
 model.train()
