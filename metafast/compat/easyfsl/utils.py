@@ -42,7 +42,7 @@ def plot_images(images: Tensor, title: str, images_per_row: int) -> None:
 
     pyplot.figure()
     pyplot.title(title)
-    pyplot.imshow(_grid(images, images_per_row).permute(1, 2, 0))
+    pyplot.imshow(_grid(images.detach().cpu(), images_per_row).permute(1, 2, 0).numpy())
 
 
 def _grid(images: Tensor, columns: int) -> Tensor:
