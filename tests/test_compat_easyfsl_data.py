@@ -163,6 +163,19 @@ def test_a_loader_of_tasks(kind: Callable[[list[int]], FewShotDataset], workers:
         same_task(found, collated([(torch.full((2, 3), float(i)), labels[i]) for i in rows], 5, 2))
 
 
+@pytest.mark.parametrize(("shots", "queries"), [(0, 2), (2, 0)])
+@pytest.mark.parametrize("kind", [as_items, as_features])
+def test_tasks_without_support_or_query(
+    kind: Callable[[list[int]], FewShotDataset], shots: int, queries: int
+) -> None:
+    dataset = kind(labels_of(4, 3))
+    sampler = TaskSampler(dataset, 2, shots, queries, 1)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
+    support, support_labels, query, query_labels, _ = next(iter(loader))
+    assert support.shape == (2 * shots, 2, 3) and query.shape == (2 * queries, 2, 3)
+    assert len(support_labels) == 2 * shots and len(query_labels) == 2 * queries
+
+
 def test_labels_in_a_tensor() -> None:
     dataset = Items(labels_of(6, 4))
     plain = TaskSampler(dataset, 2, 1, 1, 3)
@@ -240,7 +253,7 @@ def test_rows_that_make_no_task(rows: list[Any], error: type[Exception], message
         sampler.episodic_collate_fn([(torch.ones(2), 0), *rows])
     if "image" not in message:
         with pytest.raises(error, match=message):
-            sampler.episodic_collate_fn(Rows(torch.ones(2, 2), [0, rows[0][1]]))
+            sampler.episodic_collate_fn(Rows(torch.ones(2, 2), [0, 1], [0, rows[0][1]]))
 
 
 def test_labels_of_any_integer_type() -> None:
@@ -357,7 +370,7 @@ def test_wrapping_tensors() -> None:
     dataset = WrapFewShotDataset(TensorDataset(torch.arange(6) % 2, rows), 1, 0)
     assert dataset.labels == [0, 1, 0, 1, 0, 1] and type(dataset.labels[0]) is int
     assert torch.equal(dataset[3][0], rows[3]) and dataset[3][1] == 1 and type(dataset[3][1]) is int
-    assert torch.equal(dataset.__getitems__([4, 0]).images, rows[[4, 0]])
+    assert torch.equal(dataset.__getitems__([4, 0]).images(), rows[[4, 0]])
     one = WrapFewShotDataset([(rows[0], torch.tensor(4)), (rows[1], torch.tensor(2))])  # type: ignore[arg-type]
     assert one.labels == [4, 2] and type(one.labels[0]) is int
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,27 +102,37 @@ class TaskSampler(Sampler[list[int]]):
             TypeError: an image that is no tensor, a label that is no integer.
             ValueError: a label that is a tensor of several; another number of rows than a task has.
         """
+        of_class = self.n_shot + self.n_query
+        if len(input_data) != self.n_way * of_class:
+            raise ValueError(
+                f"input_data: expected n_way * (n_shot + n_query) = {self.n_way * of_class} rows, "
+                f"got {len(input_data)}"
+            )
+        images: Callable[[Any], Tensor]
         if isinstance(input_data, Rows):
             images, given = input_data.images, input_data.labels
-            labels = [label if type(label) is int else _as_int(label) for label in given]
+            labels = given if set(map(type, given)) == {int} else [_as_int(label) for label in given]
         else:
             pairs = self._cast_input_data_to_tensor_int_tuple(input_data)
-            images, labels = torch.stack([image for image, _ in pairs]), [label for _, label in pairs]
-        rows = self.n_shot + self.n_query
-        if len(labels) != self.n_way * rows:
-            raise ValueError(
-                f"input_data: expected n_way * (n_shot + n_query) = {self.n_way * rows} rows, got {len(labels)}"
-            )
+            labels = [label for _, label in pairs]
+
+            def images(places: Any) -> Tensor:
+                # None of them have a shape too.
+                first = pairs[0][0].unsqueeze(0)
+                return torch.stack([pairs[place][0] for place in places]) if len(places) else first[:0]
+
         classes = list(set(labels))
-        place = {label: k for k, label in enumerate(classes)}
-        # NumPy makes tensors of long lists in a quarter of the time.
-        numbers = torch.from_numpy(np.array([place[label] for label in labels], dtype=np.int64))
-        support, support_y, query, query_y = (
-            rows_of.unflatten(0, (self.n_way, rows)).narrow(1, first, count).flatten(0, 1)
-            for first, count in ((0, self.n_shot), (self.n_shot, self.n_query))
-            for rows_of in (images, numbers)
+        number = {label: k for k, label in enumerate(classes)}
+        numbers = np.fromiter(map(number.__getitem__, labels), np.int64, len(labels))
+        places = np.arange(len(labels)).reshape(self.n_way, of_class)
+        support, query = places[:, : self.n_shot].ravel(), places[:, self.n_shot :].ravel()
+        return (
+            images(support),
+            torch.from_numpy(numbers[support]),
+            images(query),
+            torch.from_numpy(numbers[query]),
+            classes,
         )
-        return support, support_y, query, query_y, classes
 
     @staticmethod
     def _cast_input_data_to_tensor_int_tuple(
