@@ -226,7 +226,7 @@ def easyfsl_episode(
 
 
 def easyfsl_loader(easyfsl: Any, classes: int, rows: int, features: int) -> Any:
-    """Ten 5-way 5-shot tasks with 15 queries per class."""
+    """A hundred 5-way 5-shot tasks with 15 queries per class."""
     g = torch.Generator().manual_seed(0)
     labels = [k // rows for k in range(classes * rows)]
     embeddings = torch.rand(classes * rows, features, generator=g)
@@ -234,7 +234,7 @@ def easyfsl_loader(easyfsl: Any, classes: int, rows: int, features: int) -> Any:
     dataset = import_module(f"{easyfsl.__name__}.datasets").FeaturesDataset(labels, embeddings, names)
     # The original hands torch's Sampler an argument that it no longer takes.
     with mock.patch.object(torch.utils.data.Sampler, "__init__", lambda self, data_source=None: None):
-        sampler = import_module(f"{easyfsl.__name__}.samplers").TaskSampler(dataset, 5, 5, 15, 10)
+        sampler = import_module(f"{easyfsl.__name__}.samplers").TaskSampler(dataset, 5, 5, 15, 100)
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
 
 
@@ -329,14 +329,14 @@ WORKLOADS = (
     ),
     *(
         Workload(
-            f"10 tasks of 100 rows out of {classes * rows:,}",
+            f"100 tasks of 100 rows out of {classes * rows:,}",
             "easyfsl",
             easyfsl_tasks(classes, rows, 64),
             10.0,
         )
         for classes, rows in ((1000, 20), (64, 600))
     ),
-    Workload("prototypical network evaluated on 10 tasks of 100 rows", "easyfsl", easyfsl_evaluation, 3.0),
+    Workload("prototypical network evaluated on 100 tasks of 100 rows", "easyfsl", easyfsl_evaluation, 3.0),
 )
 
 

@@ -289,6 +289,24 @@ def test_what_fine_tuning_leaves() -> None:
     close(second, cosines(q, c))
 
 
+def test_steps_of_laplacian_shot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end where the objective stays, from the third on, or at their number."""
+    bounds: list[float] = []
+    own = methods.LaplacianShot.compute_upper_bound
+
+    def counted(self: Any, *arguments: Any) -> float:
+        bounds.append(own(self, *arguments))
+        return bounds[-1]
+
+    monkeypatch.setattr(methods.LaplacianShot, "compute_upper_bound", counted)
+    distances = torch.rand(4, 3, dtype=torch.float64)
+    alone = methods.LaplacianShot().bound_updates(distances, torch.zeros(4, 4, dtype=torch.float64))
+    close(alone, (-distances).softmax(1))
+    assert len(bounds) == 3
+    methods.LaplacianShot(inference_steps=2).bound_updates(distances, torch.ones(4, 4, dtype=torch.float64))
+    assert len(bounds) == 5
+
+
 def test_defaults_are_the_originals() -> None:
     values = {
         "Finetune": (200, 1e-4, 1.0),
