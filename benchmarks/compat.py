@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.training import conditions
-from metafast import Conv4, inner_loop
+from metafast import Conv4, compat, inner_loop
 from metafast.training.files import write_atomically
 
 TASKS, STEPS, RATE = 25, 5, 0.01
@@ -203,6 +204,65 @@ def tasks_of(learn2learn: Any) -> Run:
     return run
 
 
+def easyfsl_episode(
+    method: str, ways: int, shots: int, queries: int, features: int, **options: Any
+) -> Callable[[Any], Run]:
+    """Support set and scores of an episode of features, as an evaluation has them."""
+
+    def of(easyfsl: Any) -> Run:
+        torch.manual_seed(0)
+        support, query = torch.rand(ways * shots, features), torch.rand(ways * queries, features)
+        labels = torch.arange(ways).repeat_interleave(shots)
+        model = getattr(import_module(f"{easyfsl.__name__}.methods"), method)(**options)
+
+        @torch.no_grad()
+        def run() -> Any:
+            model.process_support_set(support, labels)
+            return [model(query)]
+
+        return run
+
+    return of
+
+
+def easyfsl_loader(easyfsl: Any, classes: int, rows: int, features: int) -> Any:
+    """A hundred 5-way 5-shot tasks with 15 queries per class."""
+    g = torch.Generator().manual_seed(0)
+    labels = [k // rows for k in range(classes * rows)]
+    embeddings = torch.rand(classes * rows, features, generator=g)
+    names = [str(k) for k in range(classes)]
+    dataset = import_module(f"{easyfsl.__name__}.datasets").FeaturesDataset(labels, embeddings, names)
+    # The original hands torch's Sampler an argument that it no longer takes.
+    with mock.patch.object(torch.utils.data.Sampler, "__init__", lambda self, data_source=None: None):
+        sampler = import_module(f"{easyfsl.__name__}.samplers").TaskSampler(dataset, 5, 5, 15, 100)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
+
+
+def easyfsl_tasks(classes: int, rows: int, features: int) -> Callable[[Any], Run]:
+    def of(easyfsl: Any) -> Run:
+        loader = easyfsl_loader(easyfsl, classes, rows, features)
+
+        def run() -> Any:
+            random.seed(0)
+            return [part for task in loader for part in task[:4]]
+
+        return run
+
+    return of
+
+
+def easyfsl_evaluation(easyfsl: Any) -> Run:
+    loader = easyfsl_loader(easyfsl, 64, 600, 64)
+    model = import_module(f"{easyfsl.__name__}.methods").PrototypicalNetworks()
+    evaluate = import_module(f"{easyfsl.__name__}.utils").evaluate
+
+    def run() -> Any:
+        random.seed(0)
+        return [torch.tensor(evaluate(model, loader, device="cpu", use_tqdm=False))]
+
+    return run
+
+
 WORKLOADS = (
     Workload(
         f"sine MLP, {TASKS} tasks, {STEPS} SGD steps",
@@ -249,6 +309,34 @@ WORKLOADS = (
         )
     ),
     Workload("a task of 100 rows", "learn2learn", tasks_of, 10.0),
+    *(
+        Workload(
+            f"prototypical network, {ways}-way {shots}-shot, {queries} queries per class, d = {features}",
+            "easyfsl",
+            easyfsl_episode("PrototypicalNetworks", ways, shots, queries, features),
+            3.0,
+        )
+        for ways, shots, queries, features in ((5, 1, 15, 64), (5, 5, 15, 640), (20, 5, 15, 1600))
+    ),
+    *(
+        Workload(
+            f"matching network, 5-way 5-shot, 15 queries per class, d = {features}",
+            "easyfsl",
+            easyfsl_episode("MatchingNetworks", 5, 5, 15, features, feature_dimension=features),
+            2.0,
+        )
+        for features in (64, 640)
+    ),
+    *(
+        Workload(
+            f"100 tasks of 100 rows out of {classes * rows:,}",
+            "easyfsl",
+            easyfsl_tasks(classes, rows, 64),
+            10.0,
+        )
+        for classes, rows in ((1000, 20), (64, 600))
+    ),
+    Workload("prototypical network evaluated on 100 tasks of 100 rows", "easyfsl", easyfsl_evaluation, 3.0),
 )
 
 
@@ -310,7 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each workload")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("higher", "learn2learn"))
+    parser.add_argument("--only", choices=compat.LIBRARIES)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -69,6 +69,8 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tens
     _check.same_size(y, -1, "y", x, -1, "x")
     if x.dim() == 3 and y.dim() == 3 and x.shape[0] == y.shape[0]:
         return DISTANCE(x, y, index)
+    if x.dim() == y.dim() == 2:
+        return DISTANCE(x.unsqueeze(0), y.unsqueeze(0), index).squeeze(0)
     lead = _check.broadcast_tasks(("x", x.shape[:-2]), ("y", y.shape[:-2]))
     n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
     tasks = torch.Size(lead).numel()

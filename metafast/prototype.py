@@ -62,6 +62,8 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     _check.same_size(labels, -1, "labels", features, -2, "features")
     if features.dim() == 3 and labels.dim() == 2 and features.shape[0] == labels.shape[0]:
         return call(MEANS, features, labels, num_classes)
+    if features.dim() == 2 and labels.dim() == 1:
+        return call(MEANS, features.unsqueeze(0), labels.unsqueeze(0), num_classes).squeeze(0)
     lead = _check.broadcast_tasks(("features", features.shape[:-2]), ("labels", labels.shape[:-1]))
     n, d = features.shape[-2:]
     tasks = torch.Size(lead).numel()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from metafast.compat import _draws
 from metafast.compat.learn2learn import data as l2l_data
 from metafast.compat.learn2learn.data import (
     DataDescription,
@@ -24,7 +25,6 @@ from metafast.compat.learn2learn.data import (
     TaskDataset,
     Taskset,
     UnionMetaDataset,
-    _draws,
     partition_task,
     transforms,
 )

@@ -66,8 +66,9 @@ class SetAttention(nn.Module):
         self.w_vs = nn.Linear(features, heads * values, bias=False)
         for layer, own in ((self.w_qs, keys), (self.w_ks, keys), (self.w_vs, values)):
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (features + own)))
-        self.fc = nn.Linear(heads * values, features)
+        # After those draws, for the source's weights from one seed.
         self.layer_norm = nn.LayerNorm(features)
+        self.fc = nn.Linear(heads * values, features)
         self.dropout, self.attention_dropout = nn.Dropout(dropout), nn.Dropout(attention_dropout)
         nn.init.xavier_normal_(self.fc.weight)
 

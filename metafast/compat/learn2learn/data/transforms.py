@@ -16,7 +16,7 @@ import torch
 
 from metafast import _check
 from metafast.compat import absent
-from metafast.compat.learn2learn.data._draws import sample, shuffle
+from metafast.compat._draws import sample, shuffle
 from metafast.compat.learn2learn.data.task_dataset import DataDescription, Draft, Groups, Load, Stage
 
 __getattr__ = absent(__name__)

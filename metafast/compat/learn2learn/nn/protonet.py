@@ -9,24 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from metafast.compat import absent
+from metafast.compat._class_means import class_means as compute_prototypes
 from metafast.distance import pairwise_distance
-from metafast.prototype import prototypes
 
 __getattr__ = absent(__name__)
 
 EPS = 1e-8
-
-
-def compute_prototypes(support: Tensor, labels: Tensor) -> Tensor:
-    """Means of the rows of each label, in ascending order of the labels there are: ``[classes, ...]``.
-
-    Args:
-        support: ``[n, ...]``.
-        labels: ``[n]``, any numbers.
-    """
-    classes, numbers = torch.unique(labels, return_inverse=True)
-    means = prototypes(support.flatten(1), numbers.to(support.device), classes.shape[0])
-    return means.reshape(-1, *support.shape[1:])
 
 
 def _normalized(x: Tensor, epsilon: float = EPS) -> Tensor:

@@ -17,6 +17,12 @@ def _set_limit(k: int) -> int:
     return limit + covered if k > 5 else limit
 
 
+@cache
+def _steps(n: int, k: int) -> tuple[tuple[int, int], ...]:
+    """The last place of what is left of a list, and the bits of its length, for each draw."""
+    return tuple((left - 1, left.bit_length()) for left in range(n, n - k, -1))
+
+
 def sample(population: Sequence[Any], k: int) -> list[Any]:
     """``random.sample(population, k)``, of at least k."""
     n = len(population)
@@ -24,13 +30,12 @@ def sample(population: Sequence[Any], k: int) -> list[Any]:
     drawn = []
     if n <= _set_limit(k):
         pool = list(population)
-        for left in range(n, n - k, -1):
-            width = left.bit_length()
+        for last, width in _steps(n, k):
             j = bits(width)
-            while j >= left:
+            while j > last:
                 j = bits(width)
             drawn.append(pool[j])
-            pool[j] = pool[left - 1]
+            pool[j] = pool[last]
         return drawn
     taken = set()
     width = n.bit_length()

@@ -1,0 +1,139 @@
+"""Matching networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize, one_hot
+
+from metafast.backbones import is_hooked
+from metafast.compat import absent
+from metafast.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
+from metafast.compat.easyfsl.modules.predesigned_modules import (
+    default_matching_networks_query_encoder,
+    default_matching_networks_support_encoder,
+)
+
+__getattr__ = absent(__name__)
+
+
+class MatchingNetworks(FewShotClassifier):
+    r"""Log-probabilities of labels, by attention to the support rows, with full context embeddings.
+
+    With support features g in context and query features h in context,
+
+    .. math:: \log(10^{-6} + \sum_{i: y_i = k} softmax_i(h \cdot g_i / \|g_i\|))
+
+    A bidirectional LSTM reads the support rows in their order; its two states are added to the features. Another one
+    reads them with attention for each query, as many times as there are support rows.
+
+    Vinyals, Blundell, Lillicrap, Kavukcuoglu and Wierstra, *Matching Networks for One Shot Learning*, 2016.
+
+    Args:
+        *args: of :class:`FewShotClassifier`.
+        feature_dimension: d.
+        support_encoder: from ``[1, n, d]`` to a tuple whose first is ``[1, n, 2 d]``; None: an LSTM.
+        query_encoder: from ``[m, 2 d]`` and a pair of states ``[m, d]`` to such a pair; None: an LSTM cell.
+        **kwargs: of :class:`FewShotClassifier`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        feature_dimension: int,
+        support_encoder: nn.Module | None = None,
+        query_encoder: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.feature_dimension = feature_dimension
+        self.support_features_encoder = (
+            default_matching_networks_support_encoder(feature_dimension)
+            if support_encoder is None
+            else support_encoder
+        )
+        self.query_features_encoding_cell = (
+            default_matching_networks_query_encoder(feature_dimension)
+            if query_encoder is None
+            else query_encoder
+        )
+        self.contextualized_support_features = torch.tensor(())
+        self.one_hot_support_labels = torch.tensor(())
+
+    def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
+        """Take a support set: images ``[n, ...]``, labels ``[n]`` int64 from 0 to that of the last column of scores.
+
+        Raises:
+            ValueError: features that are not ``[n, feature_dimension]``.
+        """
+        features = self.compute_features(support_images)
+        self._validate_features_shape(features)
+        self.contextualized_support_features = self.encode_support_features(features)
+        self.one_hot_support_labels = one_hot(support_labels).to(features.dtype)
+
+    def forward(self, query_images: Tensor) -> Tensor:
+        features = self.compute_features(query_images)
+        self._validate_features_shape(features)
+        queries = self.encode_query_features(features)
+        attention = (queries @ normalize(self.contextualized_support_features).T).softmax(1)
+        return self.softmax_if_specified((attention @ self.one_hot_support_labels + 1e-6).log())
+
+    def encode_support_features(self, support_features: Tensor) -> Tensor:
+        """Support features ``[n, d]`` in the context of each other."""
+        read: Tensor = self.support_features_encoder(support_features.unsqueeze(0))[0].squeeze(0)
+        return support_features + read[:, : self.feature_dimension] + read[:, self.feature_dimension :]
+
+    def encode_query_features(self, query_features: Tensor) -> Tensor:
+        """Query features ``[m, d]`` in the context of the support set."""
+        support = self.contextualized_support_features
+        step = self._step(query_features, support)
+        hidden, cell = query_features, torch.zeros_like(query_features)
+        for _ in range(len(support)):
+            hidden, cell = step((hidden @ support.T).softmax(1), hidden, cell)
+            hidden = hidden + query_features
+        return hidden
+
+    def _step(
+        self, queries: Tensor, support: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """From attention ``[m, n]`` and the two states to the new states."""
+        reader = self.query_features_encoding_cell
+        if type(reader) is not nn.LSTMCell or is_hooked(reader) or reader.bias_ih is None:
+            return lambda attention, hidden, cell: reader(
+                torch.cat((queries, attention @ support), 1), (hidden, cell)
+            )
+        # What the cell makes of the queries and of the support rows is the same in every step.
+        of_input, of_hidden = _sigmoids_first(reader.weight_ih), _sigmoids_first(reader.weight_hh)
+        of_queries, of_support = of_input.chunk(2, dim=1)
+        fixed = linear(queries, of_queries, _sigmoids_first(reader.bias_ih + reader.bias_hh))
+        weight = torch.cat((support @ of_support.T, of_hidden.T))
+        width = 3 * reader.hidden_size
+
+        def step(attention: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+            gates = torch.addmm(fixed, torch.cat((attention, hidden), 1), weight)
+            entered, kept, shown = gates[:, :width].sigmoid().chunk(3, dim=1)
+            cell = torch.addcmul(kept * cell, entered, gates[:, width:].tanh())
+            return shown * cell.tanh(), cell
+
+        return step
+
+    def _validate_features_shape(self, features: Tensor) -> None:
+        self._raise_error_if_features_are_multi_dimensional(features)
+        if features.shape[1] != self.feature_dimension:
+            raise ValueError(
+                f"backbone: expected {self.feature_dimension} features from it, as feature_dimension says, "
+                f"got {features.shape[1]}"
+            )
+
+    @staticmethod
+    def is_transductive() -> bool:
+        return False
+
+
+def _sigmoids_first(parameter: Tensor) -> Tensor:
+    """The rows of an LSTM's gates, with the only one that has no sigmoid, the third, at the end."""
+    entered, kept, new, shown = parameter.chunk(4)
+    return torch.cat((entered, kept, shown, new))
