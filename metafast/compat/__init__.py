@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 #: Each is the package of that name in this one, whose submodules are those of the original's that there are.
-LIBRARIES = ("higher", "learn2learn")
+LIBRARIES = ("higher", "learn2learn", "torchmeta")
 
 __all__ = ["LIBRARIES", "install"]
 
@@ -61,7 +61,9 @@ def absent(module: str, reasons: Mapping[str, str] | None = None) -> Callable[[s
 
     def __getattr__(name: str) -> Any:
         if reasons and name in reasons:
-            raise ImportError(f"{module.removeprefix(_HERE)}.{name} is not provided: {reasons[name]}", name=name)
+            raise ImportError(
+                f"{module.removeprefix(_HERE)}.{name} is not provided: {reasons[name]}", name=name
+            )
         if name == "__path__":
             # With one, `from module import name` asks _Finder for what the module has not.
             return []
