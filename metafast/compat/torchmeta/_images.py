@@ -86,7 +86,7 @@ def scaled(values: Tensor) -> Tensor:
 
 
 class ToTensor:
-    """A Pillow image, or an array ``[height, width(, channels)]``, as a tensor ``[channels, height, width]`` from 0 to 1.
+    """An image of Pillow's, or an array ``[height, width(, channels)]``, as ``[channels, height, width]`` from 0 to 1.
 
     Numbers that are no bytes stay as they are.
     """

@@ -71,24 +71,27 @@ class Pixels:
         self._images, self._mode, self._before = images, mode, before
         self._kept: NDArray[np.uint8] | None = None
         self._there = np.zeros(len(images), dtype=np.bool_)
+        self._left = len(images)
 
     def rows(self, rows: NDArray[np.int64], budget: Budget) -> Tensor | None:
         """Some of them, or None where they differ in size or would take more than is left."""
         if self._kept is None and not self._begin(int(rows[0]), budget):
             return None
         assert self._kept is not None
-        for row in rows[~self._there[rows]].tolist():
-            made = self._made(row)
-            if made.shape != self._kept.shape[1:] or made.dtype != np.uint8:
-                return None
-            self._kept[row], self._there[row] = made, True
+        if self._left:
+            for row in dict.fromkeys(rows[~self._there[rows]].tolist()):
+                made = self._made(row)
+                if made.shape != self._kept.shape[1:] or made.dtype != np.uint8:
+                    return None
+                self._kept[row], self._there[row] = made, True
+                self._left -= 1
         return torch.from_numpy(self._kept[rows])
 
     def _begin(self, row: int, budget: Budget) -> bool:
         image = opened(self._images, row, self._mode)
         if isinstance(self._images, np.ndarray) and self._transformed(image) is image:
             self._kept = _channels_first(self._images)
-            self._there[:] = True
+            self._left = 0
             return True
         made = self._made(row)
         if made.dtype != np.uint8 or not budget.take(made.size * len(self._images)):

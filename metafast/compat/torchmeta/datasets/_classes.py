@@ -48,6 +48,7 @@ class ImagesOfClass(Dataset):
         super().__init__(index, transform=transform, target_transform=target_transform)
         self.data = images
         self._target, self._mode, self._kept = target, mode, kept
+        self._numbered: tuple[Transform, int] | None = None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -61,21 +62,24 @@ class ImagesOfClass(Dataset):
         return image, target
 
     def _samples(self, rows: NDArray[np.int64]) -> Samples | None:
-        if (
-            type(self) is not ImagesOfClass
-            or self._kept is None
-            or self.transform is not self._kept.transform
-        ):
+        kept = self._kept
+        if type(self) is not ImagesOfClass or kept is None or self.transform is not kept.transform:
             return None
-        parts = flattened(self.target_transform)
-        if not parts or type(parts[-1]) is not Categorical:
+        if rows.max() >= len(self):
             return None
-        if any(type(part) not in (Categorical, FixedCategory) for part in parts) or rows.max() >= len(self):
-            return None
-        inputs = self._kept.pixels.rows(rows, self._kept.budget)
-        if inputs is None or self.target_transform is None:
-            return None
-        return Samples(inputs, self.target_transform(self._target), self._kept.finish)
+        number = self._number()
+        inputs = None if number is None else kept.pixels.rows(rows, kept.budget)
+        return None if inputs is None or number is None else Samples(inputs, number, kept.finish)
+
+    def _number(self) -> int | None:
+        """The target of all images after transforms that give the same whenever they are asked, or None."""
+        if self._numbered is None or self._numbered[0] is not self.target_transform:
+            parts = flattened(self.target_transform)
+            steady = all(type(part) in (Categorical, FixedCategory) for part in parts)
+            if self.target_transform is None or not steady or type(parts[-1]) is not Categorical:
+                return None
+            self._numbered = self.target_transform, self.target_transform(self._target)
+        return self._numbered[1]
 
 
 class _Kept:

@@ -17,10 +17,11 @@ class DoubleMNISTClassDataset(MultiDigits):
 
 
 class DoubleMNIST(Combinations):
-    """Tasks of Double MNIST (Sun, *Multi-digit MNIST for Few-shot Learning*, 2019): 100 numbers of two digits (64, 16 and 20).
+    """Tasks of Double MNIST (Sun, *Multi-digit MNIST for Few-shot Learning*, 2019).
 
-    Images are Pillow's, 64 x 64 and coloured. ``root`` holds the folder ``doublemnist`` with what the data set's own
-    archive unpacks to; all arguments are those of ``CIFARFS``.
+    100 numbers of two digits (64, 16 and 20). Images are Pillow's, 64 x 64 and coloured.
+    ``root`` holds the folder ``doublemnist`` with what the data set's own archive unpacks to; all arguments are those
+    of ``CIFARFS``.
     """
 
     classes = DoubleMNISTClassDataset

@@ -86,7 +86,7 @@ def omniglot(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`Omniglot`, images 28 x 28, the three quarter turns classes of their own; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`Omniglot`, images 28 x 28, their three quarter turns as classes; arguments as above."""
     defaults = {
         "transform": Compose([Resize(28), ToTensor()]),
         "class_augmentations": [Rotation([90, 180, 270])],
@@ -103,7 +103,7 @@ def miniimagenet(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`MiniImagenet`, images 84 x 84; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`MiniImagenet`, images 84 x 84; arguments as above."""
     defaults = {"transform": Compose([Resize(84), ToTensor()])}
     return helper_with_default(
         MiniImagenet, folder, shots, ways, shuffle, test_shots, seed, defaults, **kwargs
@@ -119,7 +119,7 @@ def cifar_fs(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`CIFARFS`, images 32 x 32; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`CIFARFS`, images 32 x 32; arguments as above."""
     return helper_with_default(CIFARFS, folder, shots, ways, shuffle, test_shots, seed, **kwargs)
 
 
@@ -132,7 +132,7 @@ def fc100(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`FC100`, images 32 x 32; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`FC100`, images 32 x 32; arguments as above."""
     return helper_with_default(FC100, folder, shots, ways, shuffle, test_shots, seed, **kwargs)
 
 
@@ -145,7 +145,7 @@ def cub(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`CUB`, images the middle 84 x 84 of what has a shorter side of 126; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`CUB`, images the middle 84 x 84 of a shorter side of 126; arguments as above."""
     defaults = {"transform": Compose([Resize(126), CenterCrop(84), ToTensor()])}
     return helper_with_default(CUB, folder, shots, ways, shuffle, test_shots, seed, defaults, **kwargs)
 
@@ -159,7 +159,7 @@ def doublemnist(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`DoubleMNIST`, images 64 x 64; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`DoubleMNIST`, images 64 x 64; arguments as above."""
     return helper_with_default(DoubleMNIST, folder, shots, ways, shuffle, test_shots, seed, **kwargs)
 
 
@@ -172,7 +172,7 @@ def triplemnist(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`TripleMNIST`, images 84 x 84; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`TripleMNIST`, images 84 x 84; arguments as above."""
     return helper_with_default(TripleMNIST, folder, shots, ways, shuffle, test_shots, seed, **kwargs)
 
 
@@ -185,6 +185,6 @@ def pascal5i(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Tasks of :class:`Pascal5i`, images and masks 500 x 500; arguments as in :func:`helper_with_default`."""
+    """Tasks of :class:`Pascal5i`, images and masks 500 x 500; arguments as above."""
     defaults = {"transform": SegmentationPairTransform(500), "class_augmentations": []}
     return helper_with_default(Pascal5i, folder, shots, ways, shuffle, test_shots, seed, defaults, **kwargs)

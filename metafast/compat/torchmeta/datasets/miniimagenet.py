@@ -25,10 +25,10 @@ class MiniImagenetClassDataset(LocalClassDataset):
 
 
 class MiniImagenet(Combinations):
-    """Tasks of mini-ImageNet, with the splits of Ravi and Larochelle (2017), read by :func:`metafast.data.mini_imagenet`.
+    """Tasks of mini-ImageNet with the splits of Ravi and Larochelle (2017), by :func:`metafast.data.mini_imagenet`.
 
-    Images are Pillow's, 84 x 84 and coloured, from the pickles of Ren et al. (which are not let run code) or from folders
-    of image files. ``root`` holds them in the folder ``miniimagenet``; all arguments are those of ``CIFARFS``.
+    Images are Pillow's, 84 x 84 and coloured, from the pickles of Ren et al., which are not let run code, or from
+    folders of image files. ``root`` holds them in the folder ``miniimagenet``; all arguments are those of ``CIFARFS``.
     """
 
     classes = MiniImagenetClassDataset

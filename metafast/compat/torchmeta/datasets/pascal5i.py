@@ -109,6 +109,7 @@ class PascalDataset(Dataset):
     ) -> None:
         super().__init__(index, transform=transform, target_transform=target_transform)
         self.data, self.masks = data
+        self.transform: Any = transform
         self.class_id = class_id
 
     def __len__(self) -> int:

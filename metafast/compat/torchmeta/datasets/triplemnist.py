@@ -17,10 +17,11 @@ class TripleMNISTClassDataset(MultiDigits):
 
 
 class TripleMNIST(Combinations):
-    """Tasks of Triple MNIST (Sun, *Multi-digit MNIST for Few-shot Learning*, 2019): 1,000 numbers of three digits (640, 160 and 200).
+    """Tasks of Triple MNIST (Sun, *Multi-digit MNIST for Few-shot Learning*, 2019).
 
-    Images are Pillow's, 84 x 84 and coloured. ``root`` holds the folder ``triplemnist`` with what the data set's own
-    archive unpacks to; all arguments are those of ``CIFARFS``.
+    1,000 numbers of three digits (640, 160 and 200). Images are Pillow's, 84 x 84 and coloured.
+    ``root`` holds the folder ``triplemnist`` with what the data set's own archive unpacks to; all arguments are those
+    of ``CIFARFS``.
     """
 
     classes = TripleMNISTClassDataset

@@ -59,9 +59,9 @@ class Splitter:
     def _get_class_indices(self, task: Task) -> Mapping[Any, Sequence[int]]:
         """The rows of each target, in the order that they come in; all rows of a regression task."""
         if task.num_classes is None:
-            return {"regression": range(len(task))}
+            return {"regression": range(len(task))}  # type: ignore[arg-type]
         found = defaultdict(list)
-        for row in range(len(task)):
+        for row in range(len(task)):  # type: ignore[arg-type]
             sample = task[row]
             if not isinstance(sample, tuple) or len(sample) < 2:
                 raise ValueError(
@@ -85,8 +85,8 @@ class Splitter:
 class _PerClass(Splitter):
     """A part of the rows of each class for every split.
 
-    With ``shuffle`` a generator that is seeded with the task, the class and ``random_state_seed`` orders the rows before
-    they are parted, so that the parts of a task are always the same, and ``np_random`` orders those of each part.
+    With ``shuffle`` a generator that is seeded with the task, the class and ``random_state_seed`` orders the rows
+    before they are parted, so that the parts of a task are always the same; ``np_random`` orders those of each part.
     """
 
     def __init__(self, shuffle: bool, splits: Mapping[str, Any], least: int, random_state_seed: int) -> None:
@@ -138,7 +138,7 @@ class _PerClass(Splitter):
 
     def get_indices_concattask(self, task: ConcatTask) -> OrderedDict[str, list[int]]:
         found: OrderedDict[str, list[int]] = OrderedDict((split, []) for split in self.splits)
-        sizes = [len(dataset) for dataset in task.datasets]
+        sizes = [len(dataset) for dataset in task.datasets]  # type: ignore[arg-type]
         counts = self._rows(dict(enumerate(sizes)))
         first, key = 0, hash(task)
         for dataset, size, rows in zip(task.datasets, sizes, counts, strict=True):
@@ -254,7 +254,7 @@ def ClassSplitter(task: Any = None, *args: Any, **kwargs: Any) -> Any:
         shuffle: draw the samples at random; else they are taken in their order.
         num_samples_per_class: a number for the name of each split, in place of the next four.
         num_train_per_class, num_test_per_class: of the splits ``train`` and ``test``.
-        num_support_per_class, num_query_per_class: of ``support`` and ``query``, where there is no ``train`` or ``test``.
+        num_support_per_class, num_query_per_class: of ``support`` and ``query``, without ``train`` and ``test``.
         random_state_seed: of the random draws.
 
     Raises:

@@ -36,9 +36,6 @@ class Dataset(TorchDataset[Any]):
         """Call ``transform`` of what the target transform gave; None changes nothing."""
         self.target_transform = chained(self.target_transform, transform)
 
-    def __len__(self) -> int:
-        raise NotImplementedError(f"{type(self).__name__} has no __len__")
-
     def __hash__(self) -> int:
         return hash(self.index)
 
@@ -80,9 +77,6 @@ class ConcatTask(Task, ConcatDataset[Any]):
         for dataset in datasets:
             dataset.target_transform_append(target_transform)
 
-    def __len__(self) -> int:
-        return self.cumulative_sizes[-1]
-
 
 class SubsetTask(Task, Subset[Any]):
     """Some samples of a task; its hash is that of the task's index and of its own rows.
@@ -104,9 +98,6 @@ class SubsetTask(Task, Subset[Any]):
         Task.__init__(self, dataset.index, dataset.num_classes if num_classes is None else num_classes)
         Subset.__init__(self, dataset, indices)
         dataset.target_transform_append(target_transform)
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def __hash__(self) -> int:
         return hash((self.index, tuple(self.indices)))
