@@ -51,9 +51,9 @@ dataset = ClassSplitter(dataset, shuffle=True, num_train_per_class=2, num_test_p
 model = Network()
 optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
 results = []
-for batch, _ in zip(BatchMetaDataLoader(dataset, batch_size=4), range(batches)):
+for batch, _ in zip(BatchMetaDataLoader(dataset, batch_size=4), range(batches), strict=False):
     outer = torch.tensor(0.0)
-    tasks = zip(*batch["train"], *batch["test"])
+    tasks = zip(*batch["train"], *batch["test"], strict=True)
     for train_inputs, train_targets, test_inputs, test_targets in tasks:
         inner = F.cross_entropy(model(train_inputs), train_targets)
         model.zero_grad()

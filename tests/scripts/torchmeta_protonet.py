@@ -29,7 +29,7 @@ def block(inputs, outputs):
 model = nn.Sequential(*block(1, 16), *block(16, 16), *block(16, 16), *block(16, 16), nn.Flatten())
 optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 results = []
-for batch, _ in zip(dataloader, range(batches)):
+for batch, _ in zip(dataloader, range(batches), strict=False):
     train_inputs, train_targets = batch["train"]
     test_inputs, test_targets = batch["test"]
     train_embeddings = model(train_inputs.flatten(0, 1)).view(*train_inputs.shape[:2], -1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, nll_loss, one_hot
+from torch.nn.functional import log_softmax, nll_loss
 
 from metafast import _check
 from metafast.compat import absent
@@ -62,10 +62,12 @@ def matching_log_probas(
     """
     _check.class_labels(targets, "targets")
     _check.same_size(targets, -1, "targets", embeddings, -2, "embeddings")
-    members = one_hot(targets, num_classes)
-    empty = ~members.any(1, keepdim=True)
+    # By a scatter, which looks at the numbers and works under vmap.
+    nobody = embeddings.new_zeros(*targets.shape, num_classes)
+    members = nobody.scatter(-1, targets.unsqueeze(-1), 1.0)
+    empty = members.sum(1, keepdim=True) == 0
     # Similarities lie between -1 and 1: nothing overflows, nor vanishes.
-    sums = pairwise_cosine_similarity(test_embeddings, embeddings, eps).exp() @ members.to(embeddings.dtype)
+    sums = pairwise_cosine_similarity(test_embeddings, embeddings, eps).exp() @ members
     logits = (sums + empty).log().masked_fill(empty, -torch.inf)
     return log_softmax(logits, -1).mT
 
@@ -113,7 +115,7 @@ class _Cosine(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, y: Tensor, eps: float) -> Tensor:
         length_x, length_y = _lengths(x, y)
-        return (x @ y.mT).div_((length_x * length_y).clamp_(min=eps))
+        return (x @ y.mT).div_((length_x * length_y).clamp(min=eps))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
