@@ -72,32 +72,41 @@ class Pixels:
         self._kept: NDArray[np.uint8] | None = None
         self._there = np.zeros(len(images), dtype=np.bool_)
         self._left = len(images)
+        self._refused = False
 
     def rows(self, rows: NDArray[np.int64], budget: Budget) -> Tensor | None:
         """Some of them, or None where they differ in size or would take more than is left."""
-        if self._kept is None and not self._begin(int(rows[0]), budget):
-            return None
+        if self._kept is None:
+            self._refused = self._refused or not self._begin(int(rows[0]), budget)
+            if self._refused:
+                return None
         assert self._kept is not None
         if self._left:
             for row in dict.fromkeys(rows[~self._there[rows]].tolist()):
                 made = self._made(row)
                 if made.shape != self._kept.shape[1:] or made.dtype != np.uint8:
                     return None
-                self._kept[row], self._there[row] = made, True
-                self._left -= 1
+                self._keep(row, made)
         return torch.from_numpy(self._kept[rows])
 
     def _begin(self, row: int, budget: Budget) -> bool:
-        image = opened(self._images, row, self._mode)
-        if isinstance(self._images, np.ndarray) and self._transformed(image) is image:
-            self._kept = _channels_first(self._images)
-            self._left = 0
-            return True
+        if isinstance(self._images, np.ndarray) and self._mode is None:
+            image = opened(self._images, row)
+            if self._transformed(image) is image:
+                self._kept = _channels_first(self._images)
+                self._left = 0
+                return True
         made = self._made(row)
         if made.dtype != np.uint8 or not budget.take(made.size * len(self._images)):
             return False
         self._kept = np.empty((len(self._images), *made.shape), dtype=np.uint8)
+        self._keep(row, made)
         return True
+
+    def _keep(self, row: int, made: NDArray[Any]) -> None:
+        assert self._kept is not None
+        self._kept[row], self._there[row] = made, True
+        self._left -= 1
 
     def _made(self, row: int) -> NDArray[Any]:
         return pixels(self._transformed(opened(self._images, row, self._mode))).numpy()
