@@ -321,6 +321,8 @@ def _write_images(home: Path, in_hdf5: bool) -> None:
 def torchmeta_sines(torchmeta: Any) -> Run:
     """A batch of 25 tasks of sine waves, 10 support and 10 query points."""
     tasks = torchmeta.toy.helpers.sinusoid(10, num_tasks=10000, seed=0)
+    # Draws the parameters of all tasks, once.
+    tasks[0]
     batches = torchmeta.utils.data.BatchMetaDataLoader(tasks, batch_size=25)
 
     def run() -> Any:

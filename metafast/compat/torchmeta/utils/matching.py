@@ -62,14 +62,11 @@ def matching_log_probas(
     """
     _check.class_labels(targets, "targets")
     _check.same_size(targets, -1, "targets", embeddings, -2, "embeddings")
-    # By a scatter, which looks at the numbers and works under vmap.
-    nobody = embeddings.new_zeros(*targets.shape, num_classes)
-    members = nobody.scatter(-1, targets.unsqueeze(-1), 1.0)
-    empty = members.sum(1, keepdim=True) == 0
     # Similarities lie between -1 and 1: nothing overflows, nor vanishes.
-    sums = pairwise_cosine_similarity(test_embeddings, embeddings, eps).exp() @ members
-    logits = (sums + empty).log().masked_fill(empty, -torch.inf)
-    return log_softmax(logits, -1).mT
+    shares = pairwise_cosine_similarity(test_embeddings, embeddings, eps).exp()
+    sums = shares.new_zeros(*shares.shape[:-1], num_classes)
+    sums = sums.scatter_add(-1, targets.unsqueeze(-2).expand_as(shares), shares)
+    return log_softmax(sums.log(), -1).mT
 
 
 def matching_probas(
