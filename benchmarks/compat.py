@@ -14,9 +14,11 @@ import argparse
 import io
 import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -267,22 +269,22 @@ def torchmeta_images(shots: int, queries: int) -> Callable[[Any], Run]:
     """A batch of 16 5-way tasks of images in Double MNIST's layout, whose images have been asked for before."""
 
     def of(torchmeta: Any) -> Run:
-        folder = tempfile.TemporaryDirectory()
-        home = Path(folder.name, "doublemnist")
+        folder = tempfile.mkdtemp()
+        home = Path(folder, "doublemnist")
         _write_images(home, in_hdf5=torchmeta.__name__ == "torchmeta")
         tasks = torchmeta.datasets.helpers.doublemnist(
-            folder.name, shots, 5, test_shots=queries, meta_train=True, seed=0
+            folder, shots, 5, test_shots=queries, meta_train=True, seed=0
         )
         batches = torchmeta.utils.data.BatchMetaDataLoader(tasks, batch_size=16)
 
         def run() -> Any:
-            assert folder.name  # The files go when it does.
             random.seed(0)
             torch.manual_seed(0)
             tasks.seed(0)
             batch = next(iter(batches))
             return [*batch["train"], *batch["test"]]
 
+        weakref.finalize(run, shutil.rmtree, folder)
         return run
 
     return of

@@ -210,6 +210,21 @@ def test_names_of_parameters() -> None:
     assert [name for name, _ in modules.MetaSequential(nn.Linear(2, 2)).meta_named_parameters()] == []
 
 
+def test_a_shared_parameter_comes_once() -> None:
+    net = modules.MetaSequential(modules.MetaLinear(2, 2), modules.MetaLinear(2, 2))
+    net[1].weight = net[0].weight
+    assert [name for name, _ in net.meta_named_parameters()] == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_cumulative_running_statistics() -> None:
+    net = modules.MetaBatchNorm1d(2, momentum=None)
+    batches = torch.randn(3, 8, 2)
+    for batch in batches:
+        net(batch, params={"weight": torch.ones(2), "bias": torch.zeros(2)})
+    close(net.running_mean, batches.mean((0, 1)), torch.float32)
+    assert net.num_batches_tracked == 3
+
+
 def test_parts_of_params() -> None:
     net, one = Net(), torch.zeros(())
     params = {"body.0.weight": one, "body2.0.weight": one + 1, "head.weight": one + 2}
