@@ -1021,6 +1021,10 @@ def test_arrays_serve_without_a_copy(tmp_path: Path) -> None:
     sample = tasks.dataset[4][2][0]
     stack = _whole.whole(tm.ConcatTask([tasks.dataset[4]], 1, target_transform=tf.Categorical(1)))
     assert stack is not None and torch.equal(stack[0][2], sample)
+    # Unless the transform changes them.
+    tasks.dataset.transform = chain(Resize(16), ToTensor())
+    smaller = _whole.whole(tm.ConcatTask([tasks.dataset[4]], 1, target_transform=tf.Categorical(1)))
+    assert smaller is not None and torch.equal(smaller[0][2], tasks.dataset[4][2][0])
 
 
 def test_without_tasks(tmp_path: Path) -> None:
