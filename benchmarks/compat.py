@@ -11,10 +11,14 @@ that is not there is listed as such.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
+import shutil
 import statistics
+import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,12 +26,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.training import conditions
 from metafast import Conv4, compat, inner_loop
+from metafast.data import glyphs
 from metafast.training.files import write_atomically
 
 TASKS, STEPS, RATE = 25, 5, 0.01
@@ -204,6 +210,133 @@ def tasks_of(learn2learn: Any) -> Run:
     return run
 
 
+def torchmeta_loop(steps: int) -> Callable[[Any], Run]:
+    """The network of ``sines`` as the library's modules, and one step after the other for each task."""
+
+    def of(torchmeta: Any) -> Run:
+        _, data = sines()
+        torch.manual_seed(0)
+        of = torchmeta.modules
+        model = of.MetaSequential(
+            of.MetaLinear(1, 40), nn.ReLU(), of.MetaLinear(40, 40), nn.ReLU(), of.MetaLinear(40, 1)
+        )
+
+        def run() -> Any:
+            total: Any = 0.0
+            for x, y, query, query_y in zip(*data, strict=True):
+                params = None
+                for _ in range(steps):
+                    loss = loss_of(model(x, params=params), y)
+                    params = torchmeta.utils.gradient_update_parameters(
+                        model, loss, params=params, step_size=RATE
+                    )
+                total = total + loss_of(model(query, params=params), query_y)
+            return gradients(model, total / len(data[0]))
+
+        return run
+
+    return of
+
+
+def torchmeta_head(
+    tasks: int, ways: int, shots: int, queries: int, features: int, matching: bool = False
+) -> Callable[[Any], Run]:
+    """The loss of a batch of episodes, forward and backward."""
+
+    def of(torchmeta: Any) -> Run:
+        torch.manual_seed(0)
+        support = torch.randn(tasks, ways * shots, features)
+        query = torch.randn(tasks, ways * queries, features)
+        labels, answers = (
+            torch.arange(ways).repeat_interleave(n).expand(tasks, -1).contiguous() for n in (shots, queries)
+        )
+        losses = torchmeta.utils
+
+        def run() -> Any:
+            rows, others = support.detach().requires_grad_(), query.detach().requires_grad_()
+            if matching:
+                loss = losses.matching_loss(rows, labels, others, answers, ways)
+            else:
+                means = losses.get_prototypes(rows, labels, ways)
+                loss = losses.prototypical_loss(means, others, answers)
+            return [loss, *torch.autograd.grad(loss, (rows, others))]
+
+        return run
+
+    return of
+
+
+def torchmeta_images(shots: int, queries: int) -> Callable[[Any], Run]:
+    """A batch of 16 5-way tasks of images in Double MNIST's layout, whose images have been asked for before."""
+
+    def of(torchmeta: Any) -> Run:
+        folder = tempfile.mkdtemp()
+        home = Path(folder, "doublemnist")
+        _write_images(home, in_hdf5=torchmeta.__name__ == "torchmeta")
+        tasks = torchmeta.datasets.helpers.doublemnist(
+            folder, shots, 5, test_shots=queries, meta_train=True, seed=0
+        )
+        batches = torchmeta.utils.data.BatchMetaDataLoader(tasks, batch_size=16)
+
+        def run() -> Any:
+            random.seed(0)
+            torch.manual_seed(0)
+            tasks.seed(0)
+            batch = next(iter(batches))
+            return [*batch["train"], *batch["test"]]
+
+        weakref.finalize(run, shutil.rmtree, folder)
+        return run
+
+    return of
+
+
+def _write_images(home: Path, in_hdf5: bool) -> None:
+    """The images as PNG files, or as what the original makes of them."""
+    from PIL import Image
+
+    found = glyphs(20, 40, size=64)
+    place = home / "double_mnist_seed_123_image_size_64_64" / "train"
+    files: dict[str, list[bytes]] = {}
+    for c in range(20):
+        for image in found.images[40 * c : 40 * c + 40, 0].numpy():
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "png")
+            files.setdefault(f"{c:02d}", []).append(png.getvalue())
+    if not in_hdf5:
+        for name, images in files.items():
+            (place / name).mkdir(parents=True)
+            for row, content in enumerate(images):
+                (place / name / f"{row:03d}.png").write_bytes(content)
+        return
+    h5py = import_module("h5py")
+    home.mkdir()
+    (home / "train_labels.json").write_text(json.dumps(sorted(files)))
+    with h5py.File(home / "train_data.hdf5", "w") as file:
+        for name, images in files.items():
+            rows = file.create_dataset(
+                f"datasets/{name}", (len(images),), dtype=h5py.special_dtype(vlen=np.uint8)
+            )
+            for row, content in enumerate(images):
+                rows[row] = np.frombuffer(content, dtype=np.uint8)
+
+
+def torchmeta_sines(torchmeta: Any) -> Run:
+    """A batch of 25 tasks of sine waves, 10 support and 10 query points."""
+    tasks = torchmeta.toy.helpers.sinusoid(10, num_tasks=10000, seed=0)
+    # Draws the parameters of all tasks, once.
+    tasks[0]
+    batches = torchmeta.utils.data.BatchMetaDataLoader(tasks, batch_size=25)
+
+    def run() -> Any:
+        torch.manual_seed(0)
+        tasks.seed(0)
+        batch = next(iter(batches))
+        return [*batch["train"], *batch["test"]]
+
+    return run
+
+
 def easyfsl_episode(
     method: str, ways: int, shots: int, queries: int, features: int, **options: Any
 ) -> Callable[[Any], Run]:
@@ -309,6 +442,39 @@ WORKLOADS = (
         )
     ),
     Workload("a task of 100 rows", "learn2learn", tasks_of, 10.0),
+    Workload(
+        f"sine MLP, {TASKS} tasks, {STEPS} MAML steps",
+        "torchmeta",
+        torchmeta_loop(STEPS),
+        1.0,
+        lambda: handed_over(*sines(), STEPS),
+    ),
+    *(
+        Workload(
+            f"{'matching' if matching else 'prototypical'} loss, {tasks} tasks, {ways}-way {shots}-shot, "
+            f"15 queries per class, d = {features}",
+            "torchmeta",
+            torchmeta_head(tasks, ways, shots, 15, features, matching),
+            2.0,
+        )
+        for matching in (False, True)
+        for tasks, ways, shots, features in (
+            (16, 5, 1, 64),
+            (16, 5, 5, 64),
+            (16, 20, 5, 64),
+            (4, 5, 5, 1600),
+        )
+    ),
+    *(
+        Workload(
+            f"16 tasks of images, 5-way {shots}-shot, {queries} queries per class",
+            "torchmeta",
+            torchmeta_images(shots, queries),
+            10.0,
+        )
+        for shots, queries in ((1, 1), (1, 15), (5, 15))
+    ),
+    Workload("25 tasks of sine waves, 20 points", "torchmeta", torchmeta_sines, 2.0),
     *(
         Workload(
             f"prototypical network, {ways}-way {shots}-shot, {queries} queries per class, d = {features}",

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 #: Each is the package of that name in this one, whose submodules are those of the original's that there are.
-LIBRARIES = ("higher", "learn2learn", "easyfsl")
+LIBRARIES = ("higher", "learn2learn", "torchmeta", "easyfsl")
 
 __all__ = ["LIBRARIES", "install"]
 

@@ -125,6 +125,16 @@ def _at_random(split: str) -> tuple[str, ...]:
     return tuple(names[begin:end])
 
 
+def characters(path: Path) -> list[str]:
+    """Names of all characters in a zip file, such as `Greek/character01`, in ascending order."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            matches = [_DRAWING.fullmatch(member) for member in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no intact zip file ({error}); {_SOURCE}") from error
+    return sorted({match[1] for match in matches if match})
+
+
 def read_drawings(path: Path, rows: dict[str, int], drawings: list[list[bytes]]) -> None:
     """Append the packed pixels of the wanted characters in a zip file, drawers in order."""
     with path.open("rb") as file:

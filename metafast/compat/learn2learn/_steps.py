@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafast.compat._steps import stepped
 from metafast.compat.learn2learn.utils import paired, update_module
 
 _UNUSED = "to not have been used in the graph"
@@ -56,12 +57,5 @@ def descend(module: nn.Module, grads: Sequence[Tensor | None], lr: Any) -> nn.Mo
     rates = lr if isinstance(lr, (list, tuple)) else [lr] * len(grads)
     for (parameter, grad), rate in zip(paired(module, grads, "grads"), rates, strict=False):
         if grad is not None:
-            memo[parameter] = _stepped(parameter, grad, rate)
+            memo[parameter] = stepped(parameter, grad, rate)
     return update_module(module, memo=memo)
-
-
-def _stepped(parameter: Tensor, grad: Tensor, rate: Any) -> Tensor:
-    # One node of the graph for a number; on the CPU the fused update of the whole list costs more than small tensors.
-    if isinstance(rate, Tensor):
-        return parameter - rate * grad
-    return parameter.sub(grad, alpha=rate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from metafast.compat.learn2learn.data.utils import LabelledImages
 from metafast.compat.learn2learn.vision._lanczos import resize
 from metafast.data._decode import need_pillow
-from metafast.data.omniglot import ARCHIVES, read_drawings, unpack
+from metafast.data.omniglot import ARCHIVES, characters, read_drawings, unpack
 
 _CHUNK = 1024
 
@@ -54,7 +53,7 @@ class FullOmniglot(LabelledImages):
                     f"root: expected a folder with {archive}.zip, got {self.root!r}; get it from the folder python of "
                     "the repository brendenlake/omniglot on GitHub"
                 )
-            names = _characters(path)
+            names = characters(path)
             drawings: list[list[bytes]] = [[] for _ in names]
             read_drawings(path, {name: k for k, name in enumerate(names)}, drawings)
             for k, found in enumerate(drawings):
@@ -75,12 +74,3 @@ class FullOmniglot(LabelledImages):
             for i in range(0, len(self._drawings), _CHUNK)
         ]
         return torch.cat(parts)[:, None]
-
-
-def _characters(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            folders = {name.rpartition("/")[0] for name in archive.namelist() if name.endswith(".png")}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no intact zip file ({error})") from error
-    return sorted(folder.partition("/")[2] for folder in folders)

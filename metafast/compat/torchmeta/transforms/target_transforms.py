@@ -1,0 +1,50 @@
+"""Transforms of targets, and of images together with their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from metafast.compat import absent
+from metafast.compat.torchmeta._images import Resize, ToTensor
+
+__getattr__ = absent(__name__)
+
+
+class TargetTransform:
+    """A transform of targets, to be derived from."""
+
+    def __call__(self, target: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+
+class DefaultTargetTransform(TargetTransform):
+    """The class augmentation in a target ``(label, augmentation)`` as a number, 0 for none."""
+
+    def __init__(self, class_augmentations: Sequence[Any]) -> None:
+        self.class_augmentations = class_augmentations
+        self._numbers: dict[Any, int] = {each: k for k, each in enumerate(class_augmentations, 1)}
+        self._numbers[None] = 0
+
+    def __call__(self, target: Any) -> tuple[Any, int]:
+        if not (isinstance(target, tuple) and len(target) == 2):
+            raise TypeError(f"target: expected a pair of label and class augmentation, got {target!r}")
+        label, augmentation = target
+        return label, self._numbers[augmentation]
+
+
+class SegmentationPairTransform:
+    """An image and its mask as tensors ``[..., target_size, target_size]``; the mask by the nearest pixels."""
+
+    def __init__(self, target_size: int) -> None:
+        self.image_transform = Resize((target_size, target_size))
+        self.mask_transform = Resize((target_size, target_size), nearest=True)
+        self._to_tensor = ToTensor()
+
+    def __call__(self, image: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        return self._to_tensor(self.image_transform(image)), self._to_tensor(self.mask_transform(mask))

@@ -1,0 +1,66 @@
+"""Class means, and the loss of prototypical networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from metafast import _check
+from metafast.compat import absent
+from metafast.distance import pairwise_distance
+from metafast.prototype import prototypes as class_means
+
+__getattr__ = absent(__name__)
+
+__all__ = ["get_num_samples", "get_prototypes", "prototypical_loss"]
+
+
+def get_num_samples(targets: Tensor, num_classes: int, dtype: torch.dtype | None = None) -> Tensor:
+    """How many rows of each class there are, ``[B, C]``.
+
+    Args:
+        targets: ``[B, N]`` int64 class numbers.
+        num_classes: C.
+        dtype: of the result; None: int64.
+
+    Raises:
+        TypeError: targets of another dtype.
+        RuntimeError: a class number outside 0 to C - 1.
+    """
+    _check.class_labels(targets, "targets")
+    ones = torch.ones_like(targets, dtype=dtype)
+    return ones.new_zeros(targets.shape[0], num_classes).scatter_add_(1, targets, ones)
+
+
+def get_prototypes(embeddings: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Means of the rows of each class, by :func:`metafast.prototypes`; 0 for a class without rows.
+
+    Snell, Swersky and Zemel, *Prototypical Networks for Few-shot Learning*, 2017.
+
+    Args:
+        embeddings: ``[B, N, D]``.
+        targets: ``[B, N]`` int64 class numbers.
+        num_classes: C.
+
+    Returns:
+        ``[B, C, D]``, row k that of class k.
+    """
+    return class_means(embeddings, targets, num_classes)
+
+
+def prototypical_loss(prototypes: Tensor, embeddings: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    """Cross entropy of minus the squared distances of the rows to the prototypes.
+
+    The distances are :func:`metafast.pairwise_distance`. Snell, Swersky and Zemel, *Prototypical Networks for Few-shot
+    Learning*, 2017.
+
+    Args:
+        prototypes: ``[B, C, D]``.
+        embeddings: ``[B, M, D]``.
+        targets: ``[B, M]`` int64 class numbers.
+        kwargs: for torch's ``cross_entropy``.
+    """
+    return cross_entropy(-pairwise_distance(prototypes, embeddings), targets, **kwargs)
