@@ -377,6 +377,24 @@ def test_samples_with_a_transform_are_made_one_by_one() -> None:
     assert (-task[0][:, 0]).long().tolist() == integers(RECORDED["fused"][0].split(":")[0])
 
 
+def test_a_data_set_that_is_changed_later_gives_what_it_has_then() -> None:
+    stored = OnDeviceDataset(TENSORS)
+    data = MetaDataset(stored)
+    tasks = Taskset(data, pipelines(transforms, data)["fused"], num_tasks=1)
+    x, y = tasks[0]
+    stored.transform = lambda row: -row
+    assert torch.equal(tasks[0][0], -x)
+    stored.transform = None
+    stored.tensors = (stored.tensors[0] + 100, stored.tensors[1])
+    assert torch.equal(tasks[0][0], x + 100)
+    # Labels that the bookkeeping does not know come from the data set.
+    stored.tensors = (stored.tensors[0], stored.tensors[1] + 1)
+    plain = Taskset(data, [transforms.KShots(data, 2), transforms.LoadData(data)])
+    index, labels = as_lists(plain.sample())
+    assert labels == [int(LABELS[int(i) - 100]) + 1 for i in index]
+    assert len(y) == 6
+
+
 def test_subclasses_have_the_last_word() -> None:
     class Twice(MetaDataset):
         def __getitem__(self, item: int) -> Any:
