@@ -544,9 +544,7 @@ def test_on_device_dataset() -> None:
 
 
 def test_what_downloads_is_absent() -> None:
-    with pytest.raises(
-        ImportError, match=r"learn2learn.data.utils.download_file is not provided"
-    ):
+    with pytest.raises(ImportError, match=r"learn2learn.data.utils.download_file is not provided"):
         from metafast.compat.learn2learn.data.utils import download_file  # noqa: F401
     with pytest.raises(AttributeError, match="nothing_like_it"):
         l2l_data.utils.nothing_like_it  # noqa: B018

@@ -61,7 +61,9 @@ def absent(module: str, reasons: Mapping[str, str] | None = None) -> Callable[[s
 
     def __getattr__(name: str) -> Any:
         if reasons and name in reasons:
-            raise ImportError(f"{module.removeprefix(_HERE)}.{name} is not provided: {reasons[name]}", name=name)
+            raise ImportError(
+                f"{module.removeprefix(_HERE)}.{name} is not provided: {reasons[name]}", name=name
+            )
         if name == "__path__":
             # With one, `from module import name` asks _Finder for what the module has not.
             return []

@@ -4,8 +4,8 @@ Names, arguments and numbers are those of learn2learn 0.2.0; docs/migration/lear
 is better and what is missing.
 """
 
-from metafast.compat.learn2learn import algorithms, data, nn, optim, utils, vision
 from metafast.compat import absent
+from metafast.compat.learn2learn import algorithms, data, nn, optim, utils, vision
 from metafast.compat.learn2learn.utils import (
     accuracy,
     clone_distribution,

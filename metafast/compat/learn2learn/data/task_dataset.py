@@ -99,12 +99,15 @@ class Draft(Sequence[DataDescription]):
     def written(self) -> list[DataDescription]:
         """The description. Its owner may change it, and the samples are made one by one from now on."""
         if self._written is None:
-            self._written = []
-            for row, calls in self.made():
-                description = DataDescription(row)
-                description.transforms.extend(calls)
-                self._written.append(description)
+            self._written = [DataDescription(row) for row in self.rows()]
+            self.describe(self._written)
         return self._written
+
+    def describe(self, descriptions: list[DataDescription]) -> None:
+        """Add what is called for each row to its description."""
+        if self.stages:
+            for description, (_, calls) in zip(descriptions, self.made(), strict=True):
+                description.transforms += calls
 
     def batch(self) -> list[Any] | None:
         """``[x, y]`` of all samples at once; None where that is not possible."""
