@@ -413,6 +413,29 @@ def test_subclasses_have_the_last_word() -> None:
     assert Taskset(data, kinds)[0][1].shape == (1,)
 
 
+def test_task_sets_and_data_sets_with_methods_of_their_own() -> None:
+    class Shorter(Taskset):
+        def sample_task_description(self) -> Any:
+            return super().sample_task_description()[:4]
+
+    class Own(MetaDataset):
+        def __init__(self) -> None:
+            self.dataset = TENSORS
+            self.labels = [0, 1]
+            self.labels_to_indices = {0: [0, 1, 2], 1: [3, 4]}
+            self.indices_to_labels = {i: int(i > 2) for i in range(5)}
+
+    data = MetaDataset(TENSORS)
+    kinds = [transforms.NWays(data, 3), transforms.KShots(data, 2), transforms.LoadData(data)]
+    tasks = Shorter(data, kinds)
+    for task in (tasks.sample(), tasks[0], next(iter(tasks)), Shorter(data, kinds, num_tasks=2)[1]):
+        assert task[1].shape == (4,)
+    small = Own()
+    kinds = [transforms.NWays(small, 2), transforms.KShots(small, 2), transforms.LoadData(small)]
+    index, labels = as_lists(Taskset(small, kinds).sample())
+    assert set(index) >= {3, 4} and labels == [int(LABELS[i]) for i in index]
+
+
 def test_transforms_of_different_data_sets() -> None:
     """Indices are those of the last one's data set, as the original takes them."""
     base = MetaDataset(TENSORS)

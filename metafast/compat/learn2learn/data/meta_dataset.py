@@ -69,6 +69,8 @@ class MetaDataset(Dataset[Any]):
     labels: list[Any]
     labels_to_indices: Indices
     indices_to_labels: Labels
+    #: Those of the tensors that whole tasks may be taken from.
+    _labels: Tensor | None = None
 
     def __init__(
         self,

@@ -174,10 +174,16 @@ class Taskset:
 
     def sample_task_description(self) -> Any:
         """A new task's list of :class:`DataDescription`."""
-        description = self._sample()
+        description = self._draft()
         return description.written() if isinstance(description, Draft) else description
 
     def _sample(self) -> Any:
+        # A subclass with a method of its own has the last word.
+        drawn = self.sample_task_description
+        own = getattr(drawn, "__func__", None) is Taskset.sample_task_description
+        return self._draft() if own else drawn()
+
+    def _draft(self) -> Any:
         if callable(self.task_transforms):
             return self.task_transforms(None)
         description: Any = None

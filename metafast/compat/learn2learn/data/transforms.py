@@ -30,9 +30,10 @@ class TaskTransform:
         dataset: a :class:`MetaDataset`.
     """
 
+    _groups: tuple[Any, Groups] | None = None
+
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._groups: tuple[Any, Groups] | None = None
 
     def new_task(self) -> list[DataDescription]:
         """A description of all samples."""
