@@ -394,6 +394,16 @@ def test_the_functions_of_the_steps() -> None:
             close(p, b - rate * grad)
 
 
+def test_a_list_is_no_rate_of_maml() -> None:
+    """It would be cut off where it is too short, and leave the other parameters as they are."""
+    x, y, *_ = rows()
+    clone = MAML(network(), lr=[0.1, 0.2]).clone()
+    before = list(clone.parameters())
+    with pytest.raises(TypeError):
+        clone.adapt(cross_entropy(clone(x), y))
+    assert all(a is b for a, b in zip(clone.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_detach_module(keep: bool) -> None:
     net = Shared()

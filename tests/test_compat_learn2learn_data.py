@@ -377,6 +377,24 @@ def test_samples_with_a_transform_are_made_one_by_one() -> None:
     assert (-task[0][:, 0]).long().tolist() == integers(RECORDED["fused"][0].split(":")[0])
 
 
+def test_a_data_set_that_is_changed_later_gives_what_it_has_then() -> None:
+    stored = OnDeviceDataset(TENSORS)
+    data = MetaDataset(stored)
+    tasks = Taskset(data, pipelines(transforms, data)["fused"], num_tasks=1)
+    x, y = tasks[0]
+    stored.transform = lambda row: -row
+    assert torch.equal(tasks[0][0], -x)
+    stored.transform = None
+    stored.tensors = (stored.tensors[0] + 100, stored.tensors[1])
+    assert torch.equal(tasks[0][0], x + 100)
+    # Labels that the bookkeeping does not know come from the data set.
+    stored.tensors = (stored.tensors[0], stored.tensors[1] + 1)
+    plain = Taskset(data, [transforms.KShots(data, 2), transforms.LoadData(data)])
+    index, labels = as_lists(plain.sample())
+    assert labels == [int(LABELS[int(i) - 100]) + 1 for i in index]
+    assert len(y) == 6
+
+
 def test_subclasses_have_the_last_word() -> None:
     class Twice(MetaDataset):
         def __getitem__(self, item: int) -> Any:
@@ -393,6 +411,29 @@ def test_subclasses_have_the_last_word() -> None:
     assert (tasks.sample()[0][:, 0] / 2).long().tolist() == integers(RECORDED["fused"][0].split(":")[0])
     kinds = [transforms.NWays(data, 2), First(data, 2), transforms.LoadData(data)]
     assert Taskset(data, kinds)[0][1].shape == (1,)
+
+
+def test_task_sets_and_data_sets_with_methods_of_their_own() -> None:
+    class Shorter(Taskset):
+        def sample_task_description(self) -> Any:
+            return super().sample_task_description()[:4]
+
+    class Own(MetaDataset):
+        def __init__(self) -> None:
+            self.dataset = TENSORS
+            self.labels = [0, 1]
+            self.labels_to_indices = {0: [0, 1, 2], 1: [3, 4]}
+            self.indices_to_labels = {i: int(i > 2) for i in range(5)}
+
+    data = MetaDataset(TENSORS)
+    kinds = [transforms.NWays(data, 3), transforms.KShots(data, 2), transforms.LoadData(data)]
+    tasks = Shorter(data, kinds)
+    for task in (tasks.sample(), tasks[0], next(iter(tasks)), Shorter(data, kinds, num_tasks=2)[1]):
+        assert task[1].shape == (4,)
+    small = Own()
+    kinds = [transforms.NWays(small, 2), transforms.KShots(small, 2), transforms.LoadData(small)]
+    index, labels = as_lists(Taskset(small, kinds).sample())
+    assert set(index) >= {3, 4} and labels == [int(LABELS[i]) for i in index]
 
 
 def test_transforms_of_different_data_sets() -> None:

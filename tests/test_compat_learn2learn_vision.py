@@ -143,6 +143,14 @@ def test_other_turns() -> None:
     assert torch.equal(turned[:, :, 0], torch.zeros(2, 4))
 
 
+def test_turns_take_the_pixels_as_they_are() -> None:
+    """float64 has numbers that float32 has not."""
+    x = torch.rand(2, 8, 8, dtype=torch.float64)
+    turned = rotate(x, 30.0)
+    assert turned.dtype == torch.float64 and bool(torch.isin(turned[turned != 0], x).all())
+    assert torch.equal(turned.float(), rotate(x.float(), 30.0)) and int((turned != 0).sum()) > 90
+
+
 class Items(torch.utils.data.Dataset[Any]):
     """Images one by one: class c has c in its first pixel."""
 

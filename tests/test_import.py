@@ -66,6 +66,13 @@ def test_import_touches_no_cuda_and_needs_no_extra() -> None:
         "metafast.compat.learn2learn.vision.benchmarks",
         "metafast.compat.learn2learn.vision.datasets",
         "metafast.compat.learn2learn.vision.models",
+        "metafast.compat.torchmeta",
+        "metafast.compat.torchmeta.datasets",
+        "metafast.compat.torchmeta.modules",
+        "metafast.compat.torchmeta.toy",
+        "metafast.compat.torchmeta.transforms",
+        "metafast.compat.torchmeta.utils",
+        "metafast.compat.torchmeta.utils.data",
     ],
 )
 def test_public_names_exist_and_are_documented(name: str) -> None:

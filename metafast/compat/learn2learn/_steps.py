@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,9 @@ def gradients(
     return [next(rest) if parameter.requires_grad else None for parameter in parameters]
 
 
-def descend(module: nn.Module, grads: Sequence[Tensor | None], lr: Any) -> nn.Module:
-    """Put ``p - lr g`` in the place of each parameter that has a gradient; ``lr`` is one, or a list of them."""
+def descend(module: nn.Module, grads: Sequence[Tensor | None], rates: Iterable[Any]) -> nn.Module:
+    """Put ``p - rate g`` in the place of each parameter that has a gradient."""
     memo = {}
-    rates = lr if isinstance(lr, (list, tuple)) else [lr] * len(grads)
     for (parameter, grad), rate in zip(paired(module, grads, "grads"), rates, strict=False):
         if grad is not None:
             memo[parameter] = stepped(parameter, grad, rate)

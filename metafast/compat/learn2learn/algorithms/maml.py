@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def maml_update(model: nn.Module, lr: Any, grads: Sequence[Tensor | None] | None
     Returns:
         The module.
     """
-    return update_module(model) if grads is None else descend(model, grads, lr)
+    return update_module(model) if grads is None else descend(model, grads, repeat(lr))
 
 
 class MAML(BaseLearner):

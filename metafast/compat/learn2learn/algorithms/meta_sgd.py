@@ -36,7 +36,7 @@ def meta_sgd_update(
         for parameter, lr in zip(parameters, lrs, strict=True):
             if lr is not None:
                 parameter.grad = parameter._lr = None  # type: ignore[attr-defined]
-    return descend(model, grads, list(lrs))
+    return descend(model, grads, lrs)
 
 
 class MetaSGD(BaseLearner):

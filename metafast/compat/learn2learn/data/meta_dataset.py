@@ -69,6 +69,8 @@ class MetaDataset(Dataset[Any]):
     labels: list[Any]
     labels_to_indices: Indices
     indices_to_labels: Labels
+    #: Those of the tensors that whole tasks may be taken from.
+    _labels: Tensor | None = None
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class MetaDataset(Dataset[Any]):
             found: Any = {i: label for label, members in labels_to_indices.items() for i in members}
             self._keep(labels_to_indices, found)
         elif indices_to_labels is not None:
-            self._keep(_by_label(indices_to_labels.items()), indices_to_labels)
+            self._keep(by_label(indices_to_labels.items()), indices_to_labels)
         else:
             tensors = tensors_of(self.dataset)
             if tensors is not None:
@@ -109,7 +111,7 @@ class MetaDataset(Dataset[Any]):
                 labels = self.dataset.all_labels()
             else:
                 labels = [_single(self.dataset[i][1]) for i in range(len(self.dataset))]
-            self._keep(_by_label(enumerate(labels)), dict(enumerate(labels)))
+            self._keep(by_label(enumerate(labels)), dict(enumerate(labels)))
 
     def _keep(self, labels_to_indices: Any, indices_to_labels: Any) -> None:
         self.labels_to_indices = labels_to_indices
@@ -118,7 +120,7 @@ class MetaDataset(Dataset[Any]):
         tensors = tensors_of(self.dataset)
         # Whole tasks are taken from the tensors where these have the labels of the bookkeeping.
         agree = tensors is not None and dict(enumerate(tensors[1].tolist())) == indices_to_labels
-        self._tensors = tensors if agree else None
+        self._labels = tensors[1] if tensors is not None and agree else None
 
     def load_bookkeeping(self, path: str | os.PathLike[str]) -> None:
         """Read the samples of each label from a file, or write them to it if there is none."""
@@ -140,9 +142,11 @@ class MetaDataset(Dataset[Any]):
         write_atomically(Path(path), pickle.dumps(kept, protocol=pickle.HIGHEST_PROTOCOL))
 
     def _batch(self, rows: Sequence[int]) -> list[Any] | None:
-        if self._tensors is None or type(self).__getitem__ is not MetaDataset.__getitem__:
+        # The data set may have been given a transform or other tensors since.
+        tensors = tensors_of(self.dataset)
+        if tensors is None or tensors[1] is not self._labels:
             return None
-        return _rows_of(self._tensors, rows)
+        return _rows_of(tensors, rows) if type(self).__getitem__ is MetaDataset.__getitem__ else None
 
 
 def _single(label: Any) -> Any:
@@ -152,7 +156,8 @@ def _single(label: Any) -> Any:
         raise ValueError(f"dataset: expected one label for each sample, got {label!r}") from error
 
 
-def _by_label(pairs: Iterable[tuple[int, Any]]) -> Indices:
+def by_label(pairs: Iterable[tuple[int, Any]]) -> Indices:
+    """The samples of each label, of pairs of a sample and its label."""
     found: Indices = defaultdict(list)
     for i, label in pairs:
         found[label].append(i)
@@ -178,7 +183,7 @@ class UnionMetaDataset(MetaDataset):
                 self.indices_to_labels[offset + i] = numbers[label]
             self._places += [(dataset, i) for i in range(len(dataset))]
             before += len(dataset.labels)
-        self.labels_to_indices = _by_label(self.indices_to_labels.items())
+        self.labels_to_indices = by_label(self.indices_to_labels.items())
         self.labels = list(self.labels_to_indices)
 
     def __getitem__(self, item: int) -> Any:

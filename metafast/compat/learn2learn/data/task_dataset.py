@@ -99,12 +99,15 @@ class Draft(Sequence[DataDescription]):
     def written(self) -> list[DataDescription]:
         """The description. Its owner may change it, and the samples are made one by one from now on."""
         if self._written is None:
-            self._written = []
-            for row, calls in self.made():
-                description = DataDescription(row)
-                description.transforms.extend(calls)
-                self._written.append(description)
+            self._written = [DataDescription(row) for row in self.rows()]
+            self.describe(self._written)
         return self._written
+
+    def describe(self, descriptions: list[DataDescription]) -> None:
+        """Add what is called for each row to its description."""
+        if self.stages:
+            for description, (_, calls) in zip(descriptions, self.made(), strict=True):
+                description.transforms += calls
 
     def batch(self) -> list[Any] | None:
         """``[x, y]`` of all samples at once; None where that is not possible."""
@@ -171,10 +174,16 @@ class Taskset:
 
     def sample_task_description(self) -> Any:
         """A new task's list of :class:`DataDescription`."""
-        description = self._sample()
+        description = self._draft()
         return description.written() if isinstance(description, Draft) else description
 
     def _sample(self) -> Any:
+        # A subclass with a method of its own has the last word.
+        drawn = self.sample_task_description
+        own = getattr(drawn, "__func__", None) is Taskset.sample_task_description
+        return self._draft() if own else drawn()
+
+    def _draft(self) -> Any:
         if callable(self.task_transforms):
             return self.task_transforms(None)
         description: Any = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from metafast import _check
 from metafast.compat import absent
 from metafast.compat._draws import sample, shuffle
+from metafast.compat.learn2learn.data.meta_dataset import by_label
 from metafast.compat.learn2learn.data.task_dataset import DataDescription, Draft, Groups, Load, Stage
 
 __getattr__ = absent(__name__)
@@ -29,9 +30,10 @@ class TaskTransform:
         dataset: a :class:`MetaDataset`.
     """
 
+    _groups: tuple[Any, Groups] | None = None
+
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._groups: tuple[Any, Groups] | None = None
 
     def new_task(self) -> list[DataDescription]:
         """A description of all samples."""
@@ -48,7 +50,7 @@ class TaskTransform:
         if draft is None:
             labels = self.dataset.indices_to_labels
             if self._groups is None or self._groups[0] is not labels:
-                self._groups = labels, _grouped([labels[i] for i in range(len(self.dataset))])
+                self._groups = labels, _grouped(labels[i] for i in range(len(self.dataset)))
             draft = Draft(self.dataset, self._groups[1], interleaved=True)
         self.change(draft)
         return draft
@@ -62,23 +64,19 @@ class TaskTransform:
             return self.draft(None).written()
         # The rows of this draft are places in the description.
         labels = self.dataset.indices_to_labels
-        groups = _grouped([labels[description.index] for description in task_description])
+        groups = _grouped(labels[description.index] for description in task_description)
         draft = Draft(self.dataset, groups, interleaved=True)
         self.change(draft)
-        made = list(draft.made())
-        kept = [task_description[row] for row, _ in made]
-        if len({row for row, _ in made}) < len(made):
+        rows = draft.rows()
+        kept = [task_description[row] for row in rows]
+        if len(set(rows)) < len(rows):
             kept = [copy.deepcopy(description) for description in kept]
-        for description, (_, calls) in zip(kept, made, strict=True):
-            description.transforms.extend(calls)
+        draft.describe(kept)
         return kept
 
 
-def _grouped(labels: list[Any]) -> Groups:
-    groups: dict[Any, list[int]] = {}
-    for i, label in enumerate(labels):
-        groups.setdefault(label, []).append(i)
-    return list(groups.items())
+def _grouped(labels: Iterable[Any]) -> Groups:
+    return list(by_label(enumerate(labels)).items())
 
 
 class LoadData(TaskTransform):

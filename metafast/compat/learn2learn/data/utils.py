@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from metafast import _check
 from metafast.compat import absent
+from metafast.data._decode import need_pillow
 
 _NO_DOWNLOAD = "this package downloads nothing"
 __getattr__ = absent(
@@ -112,6 +113,17 @@ class LabelledImages(Dataset[Any]):
     def image(self, i: int) -> Any:
         """An image without the transform."""
         raise NotImplementedError
+
+    def pillow(self, pixels: Any) -> Any:
+        """An image ``[H, W]`` or ``[H, W, 3]`` of NumPy as Pillow's.
+
+        Raises:
+            ImportError: Pillow is not installed.
+        """
+        need_pillow(type(self).__name__)
+        from PIL import Image
+
+        return Image.fromarray(pixels)
 
     def all_labels(self) -> list[Any]:
         """Those of all images, without the images."""

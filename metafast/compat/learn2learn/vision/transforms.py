@@ -49,12 +49,18 @@ def rotate(images: Tensor, degrees: float) -> Tensor:
     quarters = degrees / 90
     if quarters == int(quarters) and (height == width or quarters % 2 == 0):
         return torch.rot90(images, int(quarters) % 4, (-2, -1))
-    y, x = (torch.arange(size, device=images.device) - (size - 1) / 2 for size in (height, width))
+    # Numbers that float32 does not hold stay as they are.
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    y, x = (
+        torch.arange(size, dtype=dtype, device=images.device) - (size - 1) / 2 for size in (height, width)
+    )
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    source_x, source_y = cos * x - sin * y[:, None], sin * x + cos * y[:, None]
-    grid = torch.stack((source_x / (width / 2), source_y / (height / 2)), dim=-1)
-    planes = images.reshape(1, -1, height, width).float()
-    turned = grid_sample(planes, grid[None].float(), mode="nearest", align_corners=False)
+    turn = torch.tensor([[cos, -sin], [sin, cos]], dtype=dtype, device=images.device)
+    # Divided first, as torchvision does, so that points halfway between two pixels fall to the same one.
+    places = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)
+    grid = places @ (turn.t() / torch.tensor([width / 2, height / 2], dtype=dtype, device=images.device))
+    planes = images.reshape(1, -1, height, width).to(dtype)
+    turned = grid_sample(planes, grid[None], mode="nearest", align_corners=False)
     return turned.reshape(images.shape).to(images.dtype)
 
 

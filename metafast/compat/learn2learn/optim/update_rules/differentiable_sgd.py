@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,4 +26,4 @@ class DifferentiableSGD(nn.Module):
         """``gradients``: g for each of ``module.parameters()``, None for those that stay; None: their ``grad``."""
         if gradients is None:
             gradients = [parameter.grad for parameter in module.parameters()]
-        descend(module, gradients, self.lr)
+        descend(module, gradients, repeat(self.lr))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from metafast.compat.learn2learn.data.utils import LabelledImages
 from metafast.compat.learn2learn.vision._lanczos import resize
-from metafast.data._decode import need_pillow
 from metafast.data.omniglot import ARCHIVES, characters, read_drawings, unpack
 
 _CHUNK = 1024
@@ -62,10 +61,7 @@ class FullOmniglot(LabelledImages):
             classes += len(names)
 
     def image(self, i: int) -> Any:
-        need_pillow("FullOmniglot")
-        from PIL import Image
-
-        return Image.fromarray(unpack([self._drawings[i]])[0] * 255)
+        return self.pillow(unpack([self._drawings[i]])[0] * 255)
 
     def resized(self, size: int) -> Tensor:
         """All drawings ``[N, 1, size, size]``, uint8, by Pillow's Lanczos filter."""

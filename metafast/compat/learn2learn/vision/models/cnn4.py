@@ -89,6 +89,9 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.max_pool, nn.Identity):
+            y: Tensor = self.relu(self.normalize(self.conv(x)))
+            return y
         return call_block((self.conv, self.normalize, self.relu, self.max_pool), x)
 
 
