@@ -245,6 +245,7 @@ def mini_imagenet_root(folder: Path) -> Path:
         images = np.zeros((84, 4, 4, 3), dtype=np.uint8)
         images[:, 0, 0, 0] = np.arange(84)
         images[:, :, :, 1] = k
+        images[:, 1, 3, 2] = 9
         classes = {f"n{c}": list(range(c, 84, 7)) for c in reversed(range(7))}
         content = {"image_data": images, "class_dict": classes}
         (folder / f"mini-imagenet-cache-{mode}.pkl").write_bytes(pickle.dumps(content))
@@ -256,6 +257,7 @@ def test_mini_imagenet(tmp_path: Path) -> None:
     image, label = data[9]
     assert len(data) == 84 and label == 7 - 1 - 9 % 7 and isinstance(label, int)
     assert image.shape == (3, 4, 4) and image[0, 0, 0] == 10 and image[1, 2, 2] == 2
+    assert (image[2] > 1).nonzero().tolist() == [[1, 3]]
     with pytest.raises(ValueError, match="mode: expected train, validation or test, got 'val'"):
         datasets.MiniImagenet(tmp_path, mode="val")
     (tmp_path / "mini-imagenet-cache-test.pkl").write_bytes(pickle.dumps({"image_data": 1}))
