@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.training import conditions
-from metafast import Conv4, compat, inner_loop
+from metafast import Conv4, compat, inner_loop, prototypical_loss
 from metafast.data import glyphs
 from metafast.training.files import write_atomically
 
@@ -164,24 +165,45 @@ def learn2learn_copies(learn2learn: Any) -> Run:
     return run
 
 
-def prototypical_head(ways: int, shots: int, queries: int, features: int) -> Callable[[Any], Run]:
-    """Fit and logits of an episode, forward and backward."""
+def episodes(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Features and classes of support rows and of queries, the task dimension first."""
+    tasks, ways, shots, queries, features = sizes
+    torch.manual_seed(0)
+    support, query = torch.rand(tasks, ways * shots, features), torch.rand(tasks, ways * queries, features)
+    labels, answers = (torch.arange(ways).repeat_interleave(n).expand(tasks, -1) for n in (shots, queries))
+    return support, labels.contiguous(), query, answers.contiguous()
+
+
+def prototypical_head(*sizes: int) -> Callable[[Any], Run]:
+    """The loss of a prototypical network on one episode after the other, forward and backward."""
 
     def of(learn2learn: Any) -> Run:
-        torch.manual_seed(0)
-        support, query = torch.rand(ways * shots, features), torch.rand(ways * queries, features)
-        labels = torch.arange(ways).repeat_interleave(shots)
+        support, labels, query, answers = episodes(sizes)
         head = learn2learn.nn.PrototypicalClassifier()
 
         def run() -> Any:
-            rows = support.detach().requires_grad_()
-            head.fit_(rows, labels)
-            out = head(query)
-            return [out, *torch.autograd.grad(out.square().mean(), rows)]
+            rows, others = support.detach().requires_grad_(), query.detach().requires_grad_()
+            losses = []
+            for x, y, q, wanted in zip(rows, labels, others, answers, strict=True):
+                head.fit_(x, y)
+                losses.append(cross_entropy(head(q), wanted))
+            loss = torch.stack(losses).mean()
+            return [loss, *torch.autograd.grad(loss, (rows, others))]
 
         return run
 
     return of
+
+
+def prototypical_head_handed_over(*sizes: int) -> Run:
+    support, labels, query, answers = episodes(sizes)
+
+    def run() -> Any:
+        rows, others = support.detach().requires_grad_(), query.detach().requires_grad_()
+        loss = prototypical_loss(rows, labels, others, answers, sizes[1])[0].mean()
+        return [loss, *torch.autograd.grad(loss, (rows, others))]
+
+    return run
 
 
 def tasks_of(learn2learn: Any) -> Run:
@@ -238,26 +260,19 @@ def torchmeta_loop(steps: int) -> Callable[[Any], Run]:
     return of
 
 
-def torchmeta_head(
-    tasks: int, ways: int, shots: int, queries: int, features: int, matching: bool = False
-) -> Callable[[Any], Run]:
+def torchmeta_head(*sizes: int, matching: bool = False) -> Callable[[Any], Run]:
     """The loss of a batch of episodes, forward and backward."""
 
     def of(torchmeta: Any) -> Run:
-        torch.manual_seed(0)
-        support = torch.randn(tasks, ways * shots, features)
-        query = torch.randn(tasks, ways * queries, features)
-        labels, answers = (
-            torch.arange(ways).repeat_interleave(n).expand(tasks, -1).contiguous() for n in (shots, queries)
-        )
+        support, labels, query, answers = episodes(sizes)
         losses = torchmeta.utils
 
         def run() -> Any:
             rows, others = support.detach().requires_grad_(), query.detach().requires_grad_()
             if matching:
-                loss = losses.matching_loss(rows, labels, others, answers, ways)
+                loss = losses.matching_loss(rows, labels, others, answers, sizes[1])
             else:
-                means = losses.get_prototypes(rows, labels, ways)
+                means = losses.get_prototypes(rows, labels, sizes[1])
                 loss = losses.prototypical_loss(means, others, answers)
             return [loss, *torch.autograd.grad(loss, (rows, others))]
 
@@ -429,16 +444,18 @@ WORKLOADS = (
     Workload("clone and update of 60 layers", "learn2learn", learn2learn_copies, 1.2),
     *(
         Workload(
-            f"prototypical classifier, {ways}-way {shots}-shot, {queries} queries per class, d = {features}",
+            f"prototypical classifier, {tasks} tasks, {ways}-way {shots}-shot, {queries} queries per class, "
+            f"d = {features}",
             "learn2learn",
-            prototypical_head(ways, shots, queries, features),
+            prototypical_head(tasks, ways, shots, queries, features),
             20.0,
+            partial(prototypical_head_handed_over, tasks, ways, shots, queries, features),
         )
-        for ways, shots, queries, features in (
-            (60, 1, 5, 64),
-            (20, 5, 15, 1600),
-            (5, 5, 15, 1600),
-            (5, 5, 15, 64),
+        for tasks, ways, shots, queries, features in (
+            (4, 60, 1, 5, 64),
+            (4, 20, 5, 15, 1600),
+            (16, 5, 5, 15, 1600),
+            (16, 5, 5, 15, 64),
         )
     ),
     Workload("a task of 100 rows", "learn2learn", tasks_of, 10.0),
@@ -454,7 +471,7 @@ WORKLOADS = (
             f"{'matching' if matching else 'prototypical'} loss, {tasks} tasks, {ways}-way {shots}-shot, "
             f"15 queries per class, d = {features}",
             "torchmeta",
-            torchmeta_head(tasks, ways, shots, 15, features, matching),
+            torchmeta_head(tasks, ways, shots, 15, features, matching=matching),
             2.0,
         )
         for matching in (False, True)
@@ -474,7 +491,7 @@ WORKLOADS = (
         )
         for shots, queries in ((1, 1), (1, 15), (5, 15))
     ),
-    Workload("25 tasks of sine waves, 20 points", "torchmeta", torchmeta_sines, 2.0),
+    Workload("25 tasks of sine waves, 20 points", "torchmeta", torchmeta_sines, 10.0),
     *(
         Workload(
             f"prototypical network, {ways}-way {shots}-shot, {queries} queries per class, d = {features}",
