@@ -338,6 +338,8 @@ def _update(name: str, rates: Mapping[str, Input], rate: float | None = None) ->
         {**shapes, **{f"{k}_grad": v for k, v in shapes.items()}, **rates},
         kernels_only=False,
         emulated=False,
+        # The gradient of a rate sums over all elements of a parameter.
+        condition=4.0,
     )
 
 

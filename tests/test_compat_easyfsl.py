@@ -26,6 +26,7 @@ from metafast.compat.easyfsl.methods import utils
 from metafast.compat.easyfsl.modules.build_from_checkpoint import feat_resnet12_from_checkpoint
 from metafast.compat.easyfsl.modules.feat_resnet12 import FEATBasicBlock, FEATResNet12
 from metafast.compat.easyfsl.modules.resnet import BasicBlock, Bottleneck
+from tests.pages import assert_row_is_true, page
 from tests.test_omniglot import DATA, real_data
 
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -766,26 +767,13 @@ def test_files_of_feats_authors(tmp_path: Path) -> None:
 # The migration page.
 
 ROOT = Path(metafast.__file__).parents[1]
-PAGE = (ROOT / "docs" / "migration" / "easyfsl.md").read_text()
-NAMES = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (.*?) ?\|$", PAGE, re.MULTILINE)
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+NAMES, BLOCKS = page("easyfsl")
 MODULES = (".datasets", ".methods", ".modules", ".samplers")
-
-
-def importing(name: str) -> None:
-    path, _, last = name.replace("easyfsl", "metafast.compat.easyfsl", 1).rpartition(".")
-    exec(f"from {path} import {last}")
 
 
 @pytest.mark.parametrize(("name", "status", "note"), NAMES)
 def test_the_table_is_true(name: str, status: str, note: str) -> None:
-    assert status in ("provided", "better", "absent")
-    assert note or status == "provided", "say what is better, or why it is absent"
-    if status == "absent":
-        with pytest.raises(ImportError, match=r"is not provided: "):
-            importing(name)
-    else:
-        importing(name)
+    assert_row_is_true(name, status, note)
 
 
 def test_the_table_has_every_public_name() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import runpy
 import sys
 import warnings
@@ -30,6 +29,7 @@ from metafast.compat.__main__ import main
 from metafast.compat.higher import patch
 from metafast.data import SinusoidSampler, omniglot
 from tests.cases import assert_same
+from tests.pages import page
 
 original: Any
 try:
@@ -1020,9 +1020,7 @@ def test_maml_on_real_omniglot(tmp_path: Path, capsys: Any, monkeypatch: pytest.
 
 # The migration page.
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migration" / "higher.md").read_text()
-NAMES = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (.*?) ?\|$", PAGE, re.MULTILINE)
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+NAMES, BLOCKS = page("higher")
 
 
 def found(name: str) -> bool:

@@ -8,10 +8,8 @@ import dataclasses
 import importlib
 import importlib.util
 import pickle
-import re
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +36,7 @@ from metafast.compat.learn2learn.optim.transforms import (
     ReshapedTransform,
     TransformDictionary,
 )
+from tests.pages import assert_row_is_true, page
 
 Named = dict[str, Tensor]
 #: Absolute distance to the oracle.
@@ -795,9 +794,7 @@ def test_parameter_transform() -> None:
 
 # The migration page.
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migration" / "learn2learn.md").read_text()
-NAMES = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (.*?) ?\|$", PAGE, re.MULTILINE)
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+NAMES, BLOCKS = page("learn2learn")
 MODULES = (
     "",
     ".algorithms",
@@ -809,29 +806,11 @@ MODULES = (
     ".vision.datasets",
     ".vision.models",
 )
-LIGHTNING = importlib.util.find_spec("pytorch_lightning") is not None
-
-
-def importing(name: str) -> None:
-    path, _, last = name.replace("learn2learn", "metafast.compat.learn2learn", 1).rpartition(".")
-    exec(f"from {path} import {last}")
 
 
 @pytest.mark.parametrize(("name", "status", "note"), NAMES)
 def test_the_table_is_true(name: str, status: str, note: str) -> None:
-    assert status in ("provided", "better", "absent")
-    assert note or status == "provided", "say what is better, or why it is absent"
-    if "pytorch-lightning" in note or "utils.lightning" in name:
-        if not LIGHTNING:
-            with pytest.raises(ImportError, match="pip install pytorch-lightning"):
-                importing(name)
-            return
-        pytest.importorskip("pytorch_lightning")
-    if status == "absent":
-        with pytest.raises(ImportError, match=r"is not provided: "):
-            importing(name)
-    else:
-        importing(name)
+    assert_row_is_true(name, status, note)
 
 
 def test_the_table_has_every_public_name() -> None:

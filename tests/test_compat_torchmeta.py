@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 import types
 import warnings
@@ -22,6 +21,7 @@ import metafast.compat.torchmeta as tm
 from metafast.compat.torchmeta import modules, utils
 from metafast.compat.torchmeta.modules import parallel
 from metafast.compat.torchmeta.utils import gradient_update_parameters, metrics
+from tests.pages import assert_row_is_true, page
 
 Named = dict[str, Tensor]
 #: Absolute and relative distance to the oracle.
@@ -588,9 +588,7 @@ def test_hardness_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 # The migration page.
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migration" / "torchmeta.md").read_text()
-NAMES = re.findall(r"^\| `([\w.]+)` \| (\w+) \| (.*?) ?\|$", PAGE, re.MULTILINE)
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+NAMES, BLOCKS = page("torchmeta")
 MODULES = (
     "",
     ".modules",
@@ -604,20 +602,9 @@ MODULES = (
 )
 
 
-def importing(name: str) -> None:
-    path, _, last = name.replace("torchmeta", "metafast.compat.torchmeta", 1).rpartition(".")
-    exec(f"from {path} import {last}")
-
-
 @pytest.mark.parametrize(("name", "status", "note"), NAMES)
 def test_the_table_is_true(name: str, status: str, note: str) -> None:
-    assert status in ("provided", "better", "absent")
-    assert note or status == "provided", "say what is better, or why it is absent"
-    if status == "absent":
-        with pytest.raises(ImportError, match=r"is not provided: "):
-            importing(name)
-    else:
-        importing(name)
+    assert_row_is_true(name, status, note)
 
 
 def test_the_table_has_every_public_name() -> None:
