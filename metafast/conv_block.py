@@ -108,7 +108,7 @@ def conv_norm_relu_pool(
             middle, spread = given["mean"].double(), given["var"].double()
         scale = gamma * (spread + eps).rsqrt()
         folded, offset = (kernel * scale.unsqueeze(-1)).to(wide), (beta - scale * (middle - shift)).to(wide)
-        groups = max(folded.shape[0], offset.shape[0])
+        groups = 1 if folded.shape[0] == offset.shape[0] == 1 else tasks
         y = call(CONV_POOL, images, of_tasks(folded, groups), of_tasks(offset, groups))[0]
     y = y.movedim(-1, 2).reshape((*lead, x.shape[-4], channels, x.shape[-2] // 2, x.shape[-1] // 2))
     statistics = (value.to(wide) for value in (middle, spread))
