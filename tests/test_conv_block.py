@@ -152,6 +152,23 @@ def test_leading_dimensions_broadcast() -> None:
             assert_same([value[a, b] for value in out], one, 1e-12)
 
 
+@pytest.mark.parametrize("channels", [0, 5])
+def test_no_task_at_all(channels: int) -> None:
+    """Each argument alone tells that there is none; the rest is shared."""
+    values = [randn(*shape) for shape in ((1, 2, 4, 4), (channels, 2, 3, 3), *[(channels,)] * 5)]
+    values[-1] = values[-1].exp()
+    for none in range(len(values)):
+        leaves = [
+            (value.expand(0, *value.shape) if k == none else value).clone().requires_grad_()
+            for k, value in enumerate(values)
+        ]
+        y, *statistics = conv_norm_relu_pool(*leaves[:5], mean=leaves[5], var=leaves[6])
+        assert y.shape == (0, 1, channels, 2, 2)
+        assert all(value.shape == (0, channels) for value in statistics)
+        grads = torch.autograd.grad(y.sum(), leaves, allow_unused=True, materialize_grads=True)
+        assert not any(g.any() for g in grads)
+
+
 def test_the_bias_of_the_convolution_has_no_gradient_with_batch_statistics() -> None:
     """Exactly none: an optimiser that divides by the gradient's size would make steps of roundings."""
     values = [value.float().requires_grad_() for value in arguments((3, 1, 6, 6, 5))]
