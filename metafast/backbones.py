@@ -22,14 +22,17 @@ Update = Callable[[_BatchNorm, Tensor, Tensor], None]
 
 
 class Block(nn.Sequential):
-    """3x3 convolution, BatchNorm, ReLU, 2x2 max-pool: in one operator, or the last three, where they are just these."""
+    """3x3 convolution, BatchNorm, ReLU, 2x2 max-pool: in one operator, or those after the convolution.
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    ``pool=False`` leaves the last out.
+    """
+
+    def __init__(self, in_channels: int, channels: int, padding: int = 1, pool: bool = True) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
+            nn.Conv2d(in_channels, channels, kernel_size=3, padding=padding),
             nn.BatchNorm2d(channels),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            *([nn.MaxPool2d(2)] if pool else ()),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,32 +42,41 @@ class Block(nn.Sequential):
 def call_block(block: Iterable[nn.Module], images: Tensor, update: Update | None = None) -> Tensor:
     """``[..., n, planes, H, W] -> [..., n, C, H // 2, W // 2]``; what stands before n has statistics of its own.
 
+    ``block``: convolution (or any module), BatchNorm, ReLU and, maybe, max-pooling.
+
     ``update``: gets the layer, mean and unbiased variance in place of :func:`update_running_statistics`.
     """
-    convolution, norm, relu, pool = block
+    convolution, norm, relu, *pool = block
     lead, own = images.shape[:-4], images.flatten(0, -4)
     batch = isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None)
     # Another forward of BatchNorm is that of training on several ranks, which know nothing of tasks.
-    fits = all(map(_is_plain, (norm, relu, pool))) and (lead or "forward" not in vars(norm))
+    fits = all(map(_is_plain, (norm, relu, *pool))) and (lead or "forward" not in vars(norm))
     if isinstance(norm, nn.BatchNorm2d) and fits and own.shape[0] > 0:
         updates = norm.training and norm.track_running_stats and norm.running_mean is not None
         # Under a transform of torch.func only torch's own operator may change what it has not been given.
         if not updates or update is not None or peek_interpreter_stack() is None:
             chosen = (update or update_running_statistics) if updates else None
-            return _fused(convolution, norm, images, bool(batch), chosen)
+            return _fused(convolution, norm, images, bool(pool), bool(batch), chosen)
     if lead and batch:
         raise ValueError(
             f"images: expected [n, planes, H, W] for {norm} as it is used here, got {list(images.shape)}"
         )
-    y: Tensor = pool(relu(norm(convolution(own))))
+    y: Tensor = relu(norm(convolution(own)))
+    for layer in pool:
+        y = layer(y)
     return y.reshape(*images.shape[:-3], *y.shape[1:])
 
 
 def _fused(
-    convolution: nn.Module, norm: nn.BatchNorm2d, images: Tensor, batch: bool, update: Update | None
+    convolution: nn.Module,
+    norm: nn.BatchNorm2d,
+    images: Tensor,
+    pool: bool,
+    batch: bool,
+    update: Update | None,
 ) -> Tensor:
     given = (None, None) if batch else (norm.running_mean, norm.running_var)
-    if _is_cheap(convolution, images) and norm.affine:
+    if pool and _is_cheap(convolution, images) and norm.affine:
         maps = images
         y, mean, var = conv_norm_relu_pool(
             images, convolution.weight, convolution.bias, norm.weight, norm.bias, *given, eps=norm.eps
@@ -72,7 +84,7 @@ def _fused(
     else:
         maps = convolution(images.flatten(0, -4))
         maps = maps.reshape(*images.shape[:-3], *maps.shape[1:])
-        y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps)
+        y, mean, var = norm_relu_pool(maps, norm.weight, norm.bias, *given, eps=norm.eps, pool=pool)
     if update is not None:
         count = maps.shape[-4] * maps.shape[-2] * maps.shape[-1]
         unbiased = var.detach() * (count / max(count - 1, 1))

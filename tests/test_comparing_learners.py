@@ -118,6 +118,26 @@ def test_sizes_of_maps():
         assert head(torch.rand(2, 3, 6, side, side), torch.rand(2, 4, 6, side, side)).shape == (2, 4, 3)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_encoder_is_its_layers(training):
+    """With and without padding and pooling: maps, gradients and running statistics."""
+    torch.manual_seed(0)
+    encoder = RelationEncoder(2, 5).double()
+    for block in encoder:
+        nn.init.normal_(block[1].weight)
+        nn.init.uniform_(block[1].running_var, 0.5, 2)
+    layers = deepcopy(nn.Sequential(*(nn.Sequential(*block) for block in encoder)))
+    assert list(layers.state_dict()) == list(encoder.state_dict())
+    images = torch.rand(3, 2, 24, 25, dtype=torch.float64)
+    results = []
+    for network in (encoder, layers):
+        maps = network.train(training)(images)
+        found = torch.autograd.grad(maps.sin().sum(), list(network.parameters()))
+        results.append([maps, *found, *network.buffers()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_initial_weights_of_the_source():
     torch.manual_seed(0)
     head = RelationHead(5, 64)

@@ -10,16 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, mse_loss, one_hot
 
 from metafast import _check
+from metafast.backbones import Block, call_block
 from metafast.data import Episodes
 from metafast.learners._base import classified, require_classes
 from metafast.learners.outcome import Outcome
 
 LOSSES = ("mse", "cross_entropy")
-
-
-def _block(inputs: int, channels: int, padding: int, pool: bool) -> nn.Sequential:
-    layers = [nn.Conv2d(inputs, channels, 3, padding=padding), nn.BatchNorm2d(channels), nn.ReLU()]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else ()))
 
 
 def _initialise(module: nn.Module) -> None:
@@ -50,13 +46,14 @@ class RelationEncoder(nn.Sequential):
     def __init__(self, in_channels: int = 1, channels: int = 64) -> None:
         _check.sizes(in_channels=in_channels, channels=channels)
         super().__init__(
-            _block(in_channels, channels, 0, True),
-            _block(channels, channels, 0, True),
-            _block(channels, channels, 1, False),
-            _block(channels, channels, 1, False),
+            Block(in_channels, channels, padding=0),
+            Block(channels, channels, padding=0),
+            Block(channels, channels, pool=False),
+            Block(channels, channels, pool=False),
         )
         self.channels = channels
         self.apply(_initialise)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @staticmethod
     def side(size: int) -> int:
@@ -95,11 +92,12 @@ class RelationHead(nn.Module):
             side = (side - 2 + 2 * padding) // 2
         self.convolution = nn.Conv2d(2 * channels, channels, 3, padding=padding)
         self.first = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2))
-        self.second = _block(channels, channels, padding, True)
+        self.second = Block(channels, channels, padding)
         self.score = nn.Sequential(
             nn.Flatten(), nn.Linear(channels * side**2, hidden), nn.ReLU(), nn.Linear(hidden, 1)
         )
         self.apply(_initialise)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, classes: Tensor, queries: Tensor) -> Tensor:
         """Of all pairs of a task: ``classes [T, C, c, h, w]``, ``queries [T, m, c, h, w]`` ``-> [T, m, C]``."""
@@ -111,7 +109,8 @@ class RelationHead(nn.Module):
         pairs = right.unflatten(0, queries.shape[:2]).unsqueeze(2) + left.unflatten(
             0, classes.shape[:2]
         ).unsqueeze(1)
-        scores: Tensor = self.score(self.second(self.first(pairs.flatten(0, 2))))
+        maps = call_block((nn.Identity(), *self.first), pairs.flatten(0, 2))
+        scores: Tensor = self.score(self.second(maps))
         return scores.view(pairs.shape[:3])
 
 
