@@ -38,8 +38,8 @@ class TestOpcheck:
     """Schema, registration of autograd, fake kernel against the real one, and tracing, with and without gradients."""
 
     @pytest.fixture(autouse=True)
-    def _device(self, device: torch.device) -> None:
-        self.device = device
+    def _device(self, hardware: torch.device) -> None:
+        self.device = hardware
 
     @staticmethod
     def check(op: torch._ops.OpOverload, *arguments: Any) -> None:

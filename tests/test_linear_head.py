@@ -115,9 +115,10 @@ PLAIN = (reference.adapt_linear, reference.adapted_logits)
 def test_every_option(sizes: tuple[int, ...], rate: str, loss: str, first_order: bool) -> None:
     """Second gradients as well; first order included, whose derivatives are those of a loop with detached steps."""
     soft = loss == "mse" or rate in ("step", "parameter")
-    for heavy, bias, shared in itertools.product((False, True), repeat=3):
-        if (heavy + bias + shared + first_order) % 2:
-            continue  # Any two of the options meet in what is left, any three over both orders.
+    for heavy, bias in itertools.product((False, True), repeat=2):
+        if (heavy + bias + first_order) % 2:
+            continue  # Over both orders and both losses all three meet in what is left, with each rate and size.
+        shared = bias != (loss == "mse")
         momentum, decay = (0.9, 0.1) if heavy else (0.0, 0.0)
         values = problem(sizes, rate, soft=soft, bias=bias, shared=shared)
         options = {"loss": loss, "momentum": momentum, "weight_decay": decay, "first_order": first_order}
