@@ -28,7 +28,7 @@ class Input:
     """One tensor argument: the names of its sizes (or these) after the leading dimensions, and what its entries are."""
 
     shape: str
-    kind: str = "features"  # or "positive", or "labels" (class numbers)
+    kind: str = "features"  # or "far" (from 0), "positive", or "labels" (class numbers)
     per_task: bool = True  # False: it has no leading dimensions
 
     @property
@@ -49,7 +49,8 @@ class Input:
             return shuffled_labels(shape, sizes["C"]).to(device)
         if self.kind == "positive":
             return (torch.rand(shape, dtype=torch.float64) + 0.5).to(device, dtype)
-        return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+        features = torch.randn(shape, dtype=torch.float64)
+        return (features + features.sign() if self.kind == "far" else features).to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def assert_accurate(
 ) -> None:
     """At most twice the error of the plain formula in the inputs' dtype, and a few roundings of 1 or the largest value.
 
-    That formula's error may be a lucky one: what becomes of a few roundings of the inputs is allowed too.
+    That formula's error may be a lucky one: what becomes of some roundings of the inputs is allowed too.
 
     One number per task (the loss, the gradient of a temperature) sums terms as large as the other results, and is
     rounded as they are.
@@ -182,7 +183,7 @@ def assert_accurate(
         bound = 2 * allowed + floor * max(1.0, largest_finite(e) if e.dim() >= per_row else largest)
         if error > bound:
             neighbours = neighbours or [plain(moved(wide, eps)) for _ in range(4)]
-            bound += 8 * max(largest_finite((own[k].double() - e)[finite]) for own in neighbours)
+            bound += 32 * max(largest_finite((own[k].double() - e)[finite]) for own in neighbours)
         assert error <= bound, (
             f"result {k}: error {error:.3e}, allowed {bound:.3e} (plain formula: {allowed:.3e})"
         )
@@ -236,11 +237,13 @@ def assert_bad_label_spoils_its_task(
 
 
 def _pairwise(metric: str) -> Case:
+    # A cosine's gradient is what is left of terms as large as 1 / |x|: of a short row, of one entry say, nothing.
+    rows = "far" if metric == "cosine" else "features"
     return Case(
         f"pairwise_distance-{metric}",
         lambda x, y, C: metafast.pairwise_distance(x, y, metric),
         lambda x, y, C: reference.pairwise_distance(x, y, metric),
-        {"x": Input("n d"), "y": Input("m d")},
+        {"x": Input("n d", rows), "y": Input("m d", rows)},
     )
 
 
