@@ -236,14 +236,17 @@ def assert_bad_label_spoils_its_task(
         assert torch.equal(actual[[0, 2]], wanted[[0, 2]]), f"result {k}"
 
 
-def _pairwise(metric: str) -> Case:
+def _rows(metric: str) -> str:
     # A cosine's gradient is what is left of terms as large as 1 / |x|: of a short row, of one entry say, nothing.
-    rows = "far" if metric == "cosine" else "features"
+    return "far" if metric == "cosine" else "features"
+
+
+def _pairwise(metric: str) -> Case:
     return Case(
         f"pairwise_distance-{metric}",
         lambda x, y, C: metafast.pairwise_distance(x, y, metric),
         lambda x, y, C: reference.pairwise_distance(x, y, metric),
-        {"x": Input("n d", rows), "y": Input("m d", rows)},
+        {"x": Input("n d", _rows(metric)), "y": Input("m d", _rows(metric))},
     )
 
 
@@ -258,9 +261,9 @@ def _cdist(p: float, metric: str) -> Case:
 
 def _loss(metric: str, temperature: float | Input) -> Case:
     inputs = {
-        "support": Input("n d"),
+        "support": Input("n d", _rows(metric)),
         "support_labels": Input("n", "labels"),
-        "query": Input("m d"),
+        "query": Input("m d", _rows(metric)),
         "query_labels": Input("m", "labels"),
     }
     if isinstance(temperature, Input):
