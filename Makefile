@@ -75,7 +75,7 @@ bench: $(BUILT)
 # The library of this checkout, built with the newest torch, under the oldest; then the sources against its headers.
 test-oldest: $(BUILT) $(OLDEST)
 	build/env-oldest/bin/python -m pytest tests/test_import.py tests/test_binary.py tests/test_values.py \
-	  tests/test_derivatives.py
+	  tests/test_derivatives.py -k "not cpu128 and not cpu256"
 	@echo "building against the headers of torch $(OLDEST_TORCH_VERSION)"
 	@TORCH_CUDA_ARCH_LIST=9.0 build/env-oldest/bin/python setup.py build_ext --build-temp build/oldest --build-lib build/oldest \
 	  > build/oldest.log 2>&1 || { cat build/oldest.log; exit 1; }

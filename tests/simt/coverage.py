@@ -29,7 +29,10 @@ TESTS = (
     "tests/test_norm_relu_pool.py",
 )
 #: Not those that only repeat what others reach: in more orders, at more points, with every combination of options.
-SELECTION = "not emulated-reverse and not emulated-random and not FiniteDifferences and not test_every_option"
+SELECTION = (
+    "not emulated-reverse and not emulated-random and not FiniteDifferences and not test_every_option "
+    "and not same_bits and not python_threads"
+)
 #: (file, a part of the line) -> why no test reaches it.
 EXPLAINED: Mapping[tuple[str, str], str] = {
     ("csrc/cuda/rows.cuh", "return pair.sum"): "inner products are wanted in parts alone",
