@@ -924,6 +924,49 @@ def small(root: Path, ways: int = 2, **options: Any) -> Any:
     return datasets.DoubleMNIST(root, ways, meta_train=True, **chosen)
 
 
+def at_once(task: Any) -> Any:
+    found = _whole.whole(task)
+    return None if found is None else _whole.alone(found)
+
+
+def test_tasks_are_finished_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    scaled = _classes.scaled
+    monkeypatch.setattr(_classes, "scaled", lambda x: (sizes.append(len(x)), scaled(x))[1])
+    tasks = small(tmp_path)
+    tasks.dataset_transform = tf.ClassSplitter(shuffle=False, num_train_per_class=2, num_test_per_class=1)
+    batch = [tasks[0, 1], tasks[2, 1], tasks[1, 2]]
+    collate = BatchMetaCollate(default_collate)
+
+    def samples(task: Any) -> Any:
+        return {name: default_collate(list(part)) for name, part in task.items()}
+
+    def check() -> None:
+        found, wanted = collate(batch), default_collate([samples(task) for task in batch])
+        assert list(found) == ["train", "test"]
+        for part in wanted:
+            for a, b in zip(found[part], wanted[part], strict=True):
+                assert a.dtype == b.dtype and torch.equal(a, b)
+
+    check()
+    assert sizes == [12, 6], "a call for each part of the batch"
+    batch[1]["train"].dataset.datasets[0].transform = lambda image: ToTensor()(image) + 1
+    sizes.clear()
+    check()
+    assert sizes == [4, 4, 2, 2], "one task is asked for each sample"
+
+    class Own(BatchMetaCollate):
+        def collate_task(self, task: Any) -> Any:
+            return len(task)
+
+    assert Own(default_collate)(batch).tolist() == [2, 2, 2]
+    tasks.dataset_transform = tf.ClassSplitter(shuffle=False, num_train_per_class=1, num_test_per_class=1)
+    with pytest.raises(RuntimeError, match="equal size"):
+        collate([batch[0], tasks[0, 1]])
+    with pytest.raises(NotImplementedError, match="expected a torch Dataset"):
+        collate([batch[0], 3])
+
+
 def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = small(tmp_path)
     read = []
@@ -932,11 +975,11 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         np, "fromfile", lambda path, dtype: (read.append(path), fromfile(path, dtype=dtype))[1]
     )
     for _ in range(3):
-        first = _whole.whole(tm.SubsetTask(tasks[0, 1], [1, 1, 6]))
+        first = at_once(tm.SubsetTask(tasks[0, 1], [1, 1, 6]))
         assert first is not None
         first[0].zero_()
     assert len(read) == len(set(read)) == 2
-    again = _whole.whole(tm.SubsetTask(tasks[0, 1], [1, 1, 6]))
+    again = at_once(tm.SubsetTask(tasks[0, 1], [1, 1, 6]))
     assert again is not None
     assert again[0].any() and torch.equal(again[0][0], tasks[0, 1][1][0])
     tasks.dataset.close()
@@ -946,9 +989,9 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_was_changed_since_is_seen(tmp_path: Path) -> None:
     tasks = small(tmp_path)
-    before = _whole.whole(tasks[0, 1])
+    before = at_once(tasks[0, 1])
     tasks.dataset.transform = chain(Resize(3), ToTensor())
-    after = _whole.whole(tasks[0, 1])
+    after = at_once(tasks[0, 1])
     assert before is not None and after is not None
     assert before[0].shape[-1] == 6 and after[0].shape[-1] == 3
     task = tasks[0, 1]
@@ -958,9 +1001,9 @@ def test_what_was_changed_since_is_seen(tmp_path: Path) -> None:
     other.datasets[1].target_transform_append(lambda number: number + 10)
     assert _whole.whole(other) is None
     third = tasks[0, 1]
-    numbers = _whole.whole(third)
+    numbers = at_once(third)
     third.datasets[0].target_transform = chain(tf.FixedCategory(), tf.Categorical())
-    changed = _whole.whole(third)
+    changed = at_once(third)
     assert numbers is not None and changed is not None and changed[1][0] == 0
 
 
@@ -1019,11 +1062,11 @@ def test_arrays_serve_without_a_copy(tmp_path: Path) -> None:
         for i, k in zip(tasks.dataset._kept, kept, strict=True)
     )
     sample = tasks.dataset[4][2][0]
-    stack = _whole.whole(tm.ConcatTask([tasks.dataset[4]], 1, target_transform=tf.Categorical(1)))
+    stack = at_once(tm.ConcatTask([tasks.dataset[4]], 1, target_transform=tf.Categorical(1)))
     assert stack is not None and torch.equal(stack[0][2], sample)
     # Unless the transform changes them.
     tasks.dataset.transform = chain(Resize(16), ToTensor())
-    smaller = _whole.whole(tm.ConcatTask([tasks.dataset[4]], 1, target_transform=tf.Categorical(1)))
+    smaller = at_once(tm.ConcatTask([tasks.dataset[4]], 1, target_transform=tf.Categorical(1)))
     assert smaller is not None and torch.equal(smaller[0][2], tasks.dataset[4][2][0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from metafast.compat.torchmeta.utils.data.task import ConcatTask, SubsetTask
 
@@ -30,9 +32,28 @@ class Samples:
     targets: Tensor | int
     finish: Sequence[Callable[[Tensor], Tensor]] = ()
 
+    def alike(self, other: Samples) -> bool:
+        """Can both be finished at once?"""
+        return (
+            self.inputs.shape[1:] == other.inputs.shape[1:]
+            and self.inputs.dtype == other.inputs.dtype
+            and self.finish == other.finish
+            and isinstance(self.targets, Tensor) == isinstance(other.targets, Tensor)
+        )
 
-def whole(task: Any) -> list[Tensor] | None:
-    """``[inputs, targets]`` of a task, as torch's ``default_collate`` gives them.
+
+@dataclass(frozen=True)
+class Whole:
+    """All samples of a task, those of each class at once."""
+
+    parts: list[Samples]
+
+    def __len__(self) -> int:
+        return sum(part.inputs.shape[0] for part in self.parts)
+
+
+def whole(task: Any) -> Whole | None:
+    """The samples of a task.
 
     Data sets say by a method ``_samples`` of their own what they can give at once. None: they are to be asked for each.
     """
@@ -59,25 +80,45 @@ def whole(task: Any) -> list[Tensor] | None:
     for dataset, wanted in parts:
         ask = getattr(dataset, "_samples", None)
         samples = None if ask is None else ask(wanted)
-        if samples is None or (found and not _alike(samples, found[0])):
+        if samples is None or (found and not samples.alike(found[0])):
             return None
         found.append(samples)
-    inputs = torch.cat([each.inputs for each in found]) if len(found) > 1 else found[0].inputs
-    for step in found[0].finish:
+    return Whole(found)
+
+
+def collated(tasks: Sequence[Any]) -> Any:
+    """torch's ``default_collate`` of tasks, :class:`Whole` or what it gave of their samples, in dictionaries or not."""
+    first = tasks[0]
+    if isinstance(first, OrderedDict) and all(task.keys() == first.keys() for task in tasks):
+        return OrderedDict((name, collated([task[name] for task in tasks])) for name in first)
+    if isinstance(first, Whole):
+        rows, begin = len(first), first.parts[0]
+        if all(
+            isinstance(task, Whole) and len(task) == rows and task.parts[0].alike(begin) for task in tasks
+        ):
+            found = _finished([part for task in tasks for part in task.parts])
+            return [values.unflatten(0, (len(tasks), rows)) for values in found]
+    return default_collate([alone(task) for task in tasks])
+
+
+def alone(task: Any) -> Any:
+    """``default_collate`` of the samples of one task."""
+    if isinstance(task, OrderedDict):
+        return OrderedDict((name, alone(part)) for name, part in task.items())
+    return _finished(task.parts) if isinstance(task, Whole) else task
+
+
+def _finished(parts: Sequence[Samples]) -> list[Tensor]:
+    """Inputs and targets of samples that are alike."""
+    inputs = _joined([part.inputs for part in parts])
+    for step in parts[0].finish:
         inputs = step(inputs)
-    return [inputs, _joined([each.targets for each in found], [len(wanted) for _, wanted in parts])]
-
-
-def _alike(one: Samples, other: Samples) -> bool:
-    return (
-        one.inputs.shape[1:] == other.inputs.shape[1:]
-        and one.inputs.dtype == other.inputs.dtype
-        and one.finish == other.finish
-        and isinstance(one.targets, Tensor) == isinstance(other.targets, Tensor)
-    )
-
-
-def _joined(targets: Sequence[Any], counts: list[int]) -> Tensor:
+    targets = [part.targets for part in parts]
     if isinstance(targets[0], Tensor):
-        return torch.cat(list(targets)) if len(targets) > 1 else targets[0]
-    return torch.from_numpy(np.repeat(np.array(targets, dtype=np.int64), counts))
+        return [inputs, _joined(targets)]
+    numbers = np.repeat(np.array(targets, dtype=np.int64), [part.inputs.shape[0] for part in parts])
+    return [inputs, torch.from_numpy(numbers)]
+
+
+def _joined(values: Sequence[Any]) -> Tensor:
+    return torch.cat(list(values)) if len(values) > 1 else values[0]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from metafast.compat import absent
-from metafast.compat.torchmeta.utils.data._whole import whole
+from metafast.compat.torchmeta.utils.data._whole import alone, collated, whole
 from metafast.compat.torchmeta.utils.data.dataset import CombinationMetaDataset
 from metafast.compat.torchmeta.utils.data.sampler import (
     CombinationRandomSampler,
@@ -35,17 +35,23 @@ class BatchMetaCollate:
         Raises:
             NotImplementedError: something else than a task.
         """
+        return alone(self._asked(task))
+
+    def __call__(self, batch: list[Any]) -> Any:
+        if self.collate_fn is not default_collate or type(self) is not BatchMetaCollate:
+            return self.collate_fn([self.collate_task(task) for task in batch])
+        return collated([self._asked(task) for task in batch])
+
+    def _asked(self, task: Any) -> Any:
+        """The samples of one task, put together, or all at once and not finished."""
         if isinstance(task, OrderedDict):
-            return OrderedDict((name, self.collate_task(part)) for name, part in task.items())
+            return OrderedDict((name, self._asked(part)) for name, part in task.items())
         if not isinstance(task, TorchDataset):
             raise NotImplementedError(
                 f"task: expected a torch Dataset or an OrderedDict of them, got {type(task).__name__}"
             )
         found = whole(task) if self.collate_fn is default_collate else None
         return self.collate_fn([task[row] for row in range(len(task))]) if found is None else found  # type: ignore[arg-type]
-
-    def __call__(self, batch: list[Any]) -> Any:
-        return self.collate_fn([self.collate_task(task) for task in batch])
 
 
 def no_collate(batch: list[Any]) -> list[Any]:
