@@ -140,6 +140,19 @@ def gradients(function: Callable[..., Any], inputs: Sequence[Tensor], C: int) ->
     return (*(o.detach() for o in out), *torch.autograd.grad(out, floats, cotangents(out)))
 
 
+def check_operator(op: torch._ops.OpOverload, *arguments: Any) -> None:
+    """Schema and fake kernel against the real one; and with gradients recorded registration of autograd and tracing."""
+    for recorded in (False, True):
+        own = [
+            a.detach().clone().requires_grad_(recorded and a.is_floating_point())
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments
+        ]
+        # Tracing takes nearly all of the time, and what it records holds the forward.
+        torch.library.opcheck(op, own, test_utils="ALL" if recorded else ("test_schema", "test_faketensor"))
+
+
 def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [t.double() if t.is_floating_point() else t for t in inputs]
 

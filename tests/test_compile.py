@@ -14,7 +14,16 @@ from torch.func import grad, vmap
 import metafast
 from metafast import prototype
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
-from tests.cases import CASES, Case, assert_same, cotangents, outputs, shuffled_labels, weighted_sum
+from tests.cases import (
+    CASES,
+    Case,
+    assert_same,
+    check_operator,
+    cotangents,
+    outputs,
+    shuffled_labels,
+    weighted_sum,
+)
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 SIZES = {"n": 6, "m": 5, "d": 7, "C": 3}
@@ -35,22 +44,11 @@ def compiled(
 
 
 class TestOpcheck:
-    """Schema, registration of autograd, fake kernel against the real one, and tracing, with and without gradients."""
+    """See ``check_operator``."""
 
     @pytest.fixture(autouse=True)
     def _device(self, hardware: torch.device) -> None:
         self.device = hardware
-
-    @staticmethod
-    def check(op: torch._ops.OpOverload, *arguments: Any) -> None:
-        for recorded in (False, True):
-            own = [
-                a.detach().clone().requires_grad_(recorded and a.is_floating_point())
-                if isinstance(a, Tensor)
-                else a
-                for a in arguments
-            ]
-            torch.library.opcheck(op, own)
 
     def features(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, device=self.device)
@@ -64,14 +62,14 @@ class TestOpcheck:
     @pytest.mark.parametrize("metric", range(len(METRICS)))
     def test_distance(self, metric: int) -> None:
         x, y = self.features(T, N, D), self.features(T, M, D)
-        self.check(DISTANCE, x, y, metric)
-        self.check(DISTANCE_VJP, self.features(T, N, M), x, y, metric)
-        self.check(DISTANCE_JVP, x, y, x.cos(), y.cos(), metric)
+        check_operator(DISTANCE, x, y, metric)
+        check_operator(DISTANCE_VJP, self.features(T, N, M), x, y, metric)
+        check_operator(DISTANCE_JVP, x, y, x.cos(), y.cos(), metric)
 
     def test_means(self) -> None:
         labels = self.labels(T, N)
-        self.check(prototype.MEANS, self.features(T, N, D), labels, C)
-        self.check(prototype.MEANS_VJP, self.features(T, C, D), labels)
+        check_operator(prototype.MEANS, self.features(T, N, D), labels, C)
+        check_operator(prototype.MEANS_VJP, self.features(T, C, D), labels)
 
     @pytest.mark.parametrize("temperature", [False, True], ids=["number", "tensor"])
     @pytest.mark.parametrize("metric", range(len(METRICS)))
@@ -79,7 +77,7 @@ class TestOpcheck:
         support, query = self.features(T, N, D), self.features(T, M, D)
         labels = self.labels(T, N), self.labels(T, M)
         tau = self.temperature(temperature)
-        self.check(prototype.LOSS, support, labels[0], query, labels[1], tau, 0.7, C, metric)
+        check_operator(prototype.LOSS, support, labels[0], query, labels[1], tau, 0.7, C, metric)
 
     @pytest.mark.parametrize("given", ["loss", "logits", "prototypes", "all"])
     @pytest.mark.parametrize("temperature", [False, True], ids=["number", "tensor"])
@@ -95,13 +93,13 @@ class TestOpcheck:
                 g if given in (name, "all") else None for name, g in zip(names, cotangents(out), strict=True)
             ]
             rest = (support, labels[0], query, labels[1], tau, 0.7, out[1], out[2], metric)
-            self.check(prototype.LOSS_VJP, *upstream, *rest)
+            check_operator(prototype.LOSS_VJP, *upstream, *rest)
 
     def test_empty(self) -> None:
         x, y = self.features(T, 0, D), self.features(T, M, D)
-        self.check(DISTANCE, x, y, 0)
-        self.check(DISTANCE_VJP, self.features(T, 0, M), x, y, 0)
-        self.check(prototype.MEANS, x, torch.zeros(T, 0, dtype=torch.int64, device=self.device), C)
+        check_operator(DISTANCE, x, y, 0)
+        check_operator(DISTANCE_VJP, self.features(T, 0, M), x, y, 0)
+        check_operator(prototype.MEANS, x, torch.zeros(T, 0, dtype=torch.int64, device=self.device), C)
 
     def test_strided(self) -> None:
         x, y = self.features(D, N, T).permute(2, 1, 0), self.features(1, M, D).expand(T, M, D)

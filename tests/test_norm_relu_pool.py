@@ -15,7 +15,7 @@ from torch.nn import functional
 from metafast import norm_relu_pool, reference
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 from tests import simt
-from tests.cases import DTYPES, assert_same, outputs
+from tests.cases import DTYPES, assert_same, check_operator, outputs
 
 # torch's own forward-mode formulas use it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
@@ -146,25 +146,15 @@ def test_opcheck(given: bool, relu: bool, pool: bool, hardware: torch.device) ->
     x, *of_channels = arguments((2, 2, 3, 5, 4), given, device=hardware, last=last)
     flags = (1e-5, relu, pool)
 
-    def check(op: torch._ops.OpOverload, *values: Any) -> None:
-        for recorded in (False, True):
-            own = [
-                v.detach().clone().requires_grad_(recorded and v.is_floating_point())
-                if isinstance(v, Tensor)
-                else v
-                for v in values
-            ]
-            torch.library.opcheck(op, own)
-
     inputs = [x, *of_channels, *(() if given else (None, None))]
-    check(NORM, *inputs, *flags)
+    check_operator(NORM, *inputs, *flags)
     y, mean, var, choice = NORM(*inputs, *flags)
     statistics = tuple(of_channels[2:]) if given else (mean, var)
     upstream = (y.cos(), *((None, None) if given else (mean.cos(), var.cos())))
     rest = (x, *of_channels[:2], *statistics, choice, given, *flags)
-    check(NORM_VJP, *upstream, *rest)
+    check_operator(NORM_VJP, *upstream, *rest)
     directions = [torch.randn_like(v) for v in (x, *of_channels)]
-    check(NORM_VJP_VJP, *directions, *(() if given else (None, None)), *upstream, *rest)
+    check_operator(NORM_VJP_VJP, *directions, *(() if given else (None, None)), *upstream, *rest)
 
 
 def by_torch(
