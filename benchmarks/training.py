@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -152,8 +153,10 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
 
 def conditions(module: str, threads: int) -> dict[str, Any]:
     """What a result file of ``module`` says of how it came about."""
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    waiting = [] if policy is None else [f"OMP_WAIT_POLICY={policy}"]
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join([*waiting, "python", "-m", module, *sys.argv[1:]]),
         "cpu": cpu_model(),
         "threads": threads,
         "versions": {"metafast": metafast_version(), "torch": torch.__version__},

@@ -383,6 +383,17 @@ def test_a_process_tells_its_time_and_peak() -> None:
     assert found["seconds"] > 0 and found["peak_bytes"] > 0
 
 
+@pytest.mark.parametrize("policy", [None, "PASSIVE"])
+def test_a_command_says_how_threads_wait(policy: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["training.py", "--out", "a b.json"])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    before = "" if policy is None else f"OMP_WAIT_POLICY={policy} "
+    command = training.conditions("benchmarks.training", 2)["command"]
+    assert command == f"{before}python -m benchmarks.training --out 'a b.json'"
+
+
 def test_training_is_held_against_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {training.PLAIN: 0.4, training.OURS: 0.1}
 
