@@ -399,22 +399,32 @@ class Cell(nn.LSTMCell):
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("kind", ["own", "subclass", "hooked", "unbiased"])
+@pytest.mark.parametrize("kind", ["own", "subclass", "hooked", "replaced", "unbiased"])
 def test_matching_networks(dtype: torch.dtype, kind: str) -> None:
     x, y, q = task(dtype=dtype)
     cells = {
         "own": lambda: None,
         "subclass": lambda: Cell(2 * FEATURES, FEATURES),
         "hooked": lambda: nn.LSTMCell(2 * FEATURES, FEATURES),
+        "replaced": lambda: nn.LSTMCell(2 * FEATURES, FEATURES),
         "unbiased": lambda: nn.LSTMCell(2 * FEATURES, FEATURES, bias=False),
     }
     model = methods.MatchingNetworks(feature_dimension=FEATURES, query_encoder=cells[kind]()).to(dtype)
     calls = []
     if kind == "hooked":
         model.query_features_encoding_cell.register_forward_hook(lambda *_: calls.append(1))
+    if kind == "replaced":
+        cell = model.query_features_encoding_cell
+        forward = cell.forward
+
+        def replaced(*inputs: Any) -> Any:
+            calls.append(1)
+            return forward(*inputs)
+
+        cell.forward = replaced  # type: ignore[method-assign]
     model.process_support_set(x, y)
     found = model(q)
-    assert len(calls) == (len(x) if kind == "hooked" else 0)
+    assert len(calls) == (len(x) if kind in ("hooked", "replaced") else 0)
     wanted = matching(model, x, y, q)
     close(found, wanted)
     parameters = list(model.parameters())
@@ -436,6 +446,34 @@ def test_columns_of_matching_networks() -> None:
     found = model(q)
     assert found.shape == (len(q), 5)
     close(found, matching(model, x, 2 * y, q).softmax(1))
+
+
+def test_labels_that_matching_networks_cannot_take() -> None:
+    model = methods.MatchingNetworks(feature_dimension=8)
+    labels: Any
+    for labels, error, message in (
+        ([0, 1], TypeError, "support_labels: expected a tensor, got list"),
+        (torch.arange(2, dtype=torch.int32), TypeError, "support_labels: expected int64 class numbers"),
+        (torch.arange(3), ValueError, r"support_labels: expected shape \[2\], got \[3\]"),
+        (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"support_labels: expected shape \[2\]"),
+    ):
+        with pytest.raises(error, match=message):
+            model.process_support_set(torch.rand(2, 8), labels)
+
+
+def test_matching_networks_of_a_subclass() -> None:
+    """The original's part that is written out here is there for a forward like its own."""
+
+    class Own(methods.MatchingNetworks):
+        def forward(self, query_images: Tensor) -> Tensor:
+            queries = self.encode_query_features(self.compute_features(query_images))
+            attention = self.softmax(queries @ normalize(self.contextualized_support_features).T)
+            return self.softmax_if_specified((attention @ self.one_hot_support_labels + 1e-6).log())
+
+    x, y, q = task()
+    model = Own(feature_dimension=FEATURES).double()
+    model.process_support_set(x, y)
+    close(model(q), super(Own, model).forward(q))
 
 
 def test_parts_of_matching_networks_can_be_given() -> None:
@@ -519,10 +557,15 @@ def test_class_means() -> None:
     close(utils.compute_prototypes(maps, labels), wanted)
     close(utils.compute_prototypes(maps, labels.float()), wanted)
     close(utils.compute_prototypes(maps, torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32)), wanted)
+    close(utils.compute_prototypes(maps[:, 0, 0], labels), wanted[:, 0, 0])
     with pytest.raises(ValueError, match=r"support_labels: expected shape \[n\], got \[5, 1\]"):
         utils.compute_prototypes(maps, labels[:, None])
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="support_labels: expected size 5"):
         utils.compute_prototypes(maps, labels[:4])
+    with pytest.raises(ValueError, match="support_features: expected shape"):
+        utils.compute_prototypes(maps.sum(), labels)
+    with pytest.raises(TypeError, match="support_features: expected a tensor, got list"):
+        utils.compute_prototypes(maps.tolist(), labels)
     with pytest.raises(TypeError, match="support_labels: expected a tensor, got list"):
         utils.compute_prototypes(maps, [0, 1])  # type: ignore[arg-type]
 

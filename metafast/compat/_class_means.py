@@ -26,5 +26,6 @@ def class_means(support: Tensor, labels: Tensor) -> Tensor:
         labels: ``[n]``, any numbers.
     """
     numbers, classes = class_numbers(labels)
-    means = prototypes(support.flatten(1), numbers.to(support.device), classes)
+    rows = support.flatten(1) if support.dim() > 1 else support.unsqueeze(1)
+    means = prototypes(rows, numbers.to(support.device), classes)
     return means if support.dim() == 2 else means.reshape(-1, *support.shape[1:])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize, one_hot
 
+from metafast import _check
 from metafast.backbones import is_hooked
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
@@ -60,6 +61,8 @@ class MatchingNetworks(FewShotClassifier):
             if query_encoder is None
             else query_encoder
         )
+        # Of the original's, for subclasses.
+        self.softmax = nn.Softmax(dim=1)
         self.contextualized_support_features = torch.tensor(())
         self.one_hot_support_labels = torch.tensor(())
 
@@ -67,10 +70,16 @@ class MatchingNetworks(FewShotClassifier):
         """Take a support set: images ``[n, ...]``, labels ``[n]`` int64 from 0 to that of the last column of scores.
 
         Raises:
-            ValueError: features that are not ``[n, feature_dimension]``.
+            TypeError: labels that are not int64.
+            ValueError: features that are not ``[n, feature_dimension]``, another number of labels.
         """
         features = self.compute_features(support_images)
         self._validate_features_shape(features)
+        _check.class_labels(support_labels, "support_labels")
+        if support_labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"support_labels: expected shape [{len(features)}], got {list(support_labels.shape)}"
+            )
         self.contextualized_support_features = self.encode_support_features(features)
         self.one_hot_support_labels = one_hot(support_labels).to(features.dtype)
 
@@ -101,7 +110,12 @@ class MatchingNetworks(FewShotClassifier):
     ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
         """From attention ``[m, n]`` and the two states to the new states."""
         reader = self.query_features_encoding_cell
-        if type(reader) is not nn.LSTMCell or is_hooked(reader) or reader.bias_ih is None:
+        if (
+            type(reader) is not nn.LSTMCell
+            or is_hooked(reader)
+            or "forward" in vars(reader)
+            or reader.bias_ih is None
+        ):
             return lambda attention, hidden, cell: reader(
                 torch.cat((queries, attention @ support), 1), (hidden, cell)
             )

@@ -30,9 +30,13 @@ def compute_prototypes(support_features: Tensor, support_labels: Tensor) -> Tens
         TypeError: features that are no floating tensor.
         ValueError: another number of labels than of features.
     """
+    _check.floating(support_features, "support_features")
     _check.is_tensor(support_labels, "support_labels")
+    if support_features.dim() == 0:
+        raise ValueError("support_features: expected shape [n, ...], got a scalar")
     if support_labels.dim() != 1:
         raise ValueError(f"support_labels: expected shape [n], got {list(support_labels.shape)}")
+    _check.same_size(support_labels, 0, "support_labels", support_features, 0, "support_features")
     return class_means(support_features, support_labels)
 
 
