@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from metafast.compat.easyfsl import utils
 from metafast.compat.easyfsl.datasets import (
@@ -183,6 +183,14 @@ def test_labels_in_a_tensor() -> None:
     other = TaskSampler(dataset, 2, 1, 1, 3)
     assert plain.items_per_label == other.items_per_label
     assert all(type(label) is int for label in other.items_per_label)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, iter, lambda labels: dict(enumerate(labels)).values()])
+def test_labels_in_any_collection(kind: Callable[[list[int]], Any]) -> None:
+    dataset = Items(labels_of(6, 4))
+    plain = TaskSampler(dataset, 2, 1, 1, 3)
+    dataset.get_labels = lambda: kind(dataset.labels)  # type: ignore[method-assign]
+    assert TaskSampler(dataset, 2, 1, 1, 3).items_per_label == plain.items_per_label
 
 
 def test_rows_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,6 +538,8 @@ def test_mini_imagenet(pictures: dict[str, list[Any]]) -> None:
             MiniImageNet("images", **options)
     with pytest.raises(FileNotFoundError):
         MiniImageNet("images", "test")
+    Path("marked.csv").write_text("class_name,image_name\nc,0.png\nb,0.png\n", encoding="utf-8-sig")
+    assert MiniImageNet("images", specs_file="marked.csv").class_to_label == {"c": 0, "b": 1}
     Path("bad.csv").write_text("class_name,file\n")
     with pytest.raises(
         ValueError, match=r"expected the columns class_name, image_name, bad\.csv lacks image_name"
@@ -702,6 +712,8 @@ def test_evaluation_of_one_task() -> None:
     # As many columns as labels: the labels in ascending order.
     y = torch.tensor([30, 4, 9, 4])
     assert utils.evaluate_on_one_task(model, x, y, z, torch.tensor([4, 9, 30, 30])) == (4, 4)
+    y = torch.tensor([1, -1, 0, -1])
+    assert utils.evaluate_on_one_task(model, x, y, z, torch.tensor([-1, 0, 1, 0])) == (3, 4)
     # Others are the labels themselves.
     z = torch.eye(5)[[4, 0, 2, 2]]
     y = torch.tensor([4, 2, 0, 4])
@@ -776,6 +788,18 @@ def test_average_features() -> None:
     assert utils.compute_average_features_from_images(loader, model, "cpu").device.type == "cpu"
 
 
+def test_features_of_a_loader_without_a_length() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return zip(rows, "abc", strict=True)
+
+    rows = torch.rand(3, 2)
+    batches: Any = iter([(rows, list("abc"))])
+    for loader in (DataLoader(Stream(), batch_size=2), batches):
+        found = utils.compute_average_features_from_images(loader, nn.Identity())
+        torch.testing.assert_close(found, rows.mean(0))
+
+
 @pytest.mark.parametrize("names", [[3, 1, 1], ["x", "y", "x"]])
 def test_table_of_features(names: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class Pandas:
@@ -816,9 +840,16 @@ def test_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         utils.plot_images(torch.rand(count, 3, 4, 3), "some", columns)
         assert pyplot.gca().images[0].get_array().shape == shape
         pyplot.close("all")
+    utils.plot_images(list(images), "a list", images_per_row=2)
+    assert np.array_equal(pyplot.gca().images[0].get_array(), shown)
+    utils.plot_images(images.expand(-1, 4, -1, -1), "with opacity", images_per_row=2)
+    assert np.array_equal(pyplot.gca().images[0].get_array()[..., :3], shown)
+    pyplot.close("all")
     with pytest.raises(
-        ValueError, match=r"images: expected shape \[n, 1 or 3, height, width\], got \[5, 2, 4, 3\]"
+        ValueError, match=r"images: expected shape \[n, 1, 3 or 4, height, width\], got \[5, 2, 4, 3\]"
     ):
         utils.plot_images(images.expand(-1, 2, -1, -1), "x", 2)
+    with pytest.raises(ValueError, match=r"images: expected shape .* got \[0\]"):
+        utils.plot_images([], "x", 2)
     with pytest.raises(ValueError, match="images_per_row: expected at least 1, got 0"):
         utils.plot_images(images, "x", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,11 @@ __getattr__ = absent(__name__)
 _GAP = 2
 
 
-def plot_images(images: Tensor, title: str, images_per_row: int) -> None:
+def plot_images(images: Tensor | Sequence[Tensor], title: str, images_per_row: int) -> None:
     """A figure of matplotlib with images in rows.
 
     Args:
-        images: ``[n, channels, height, width]`` of one or three channels.
+        images: ``[n, channels, height, width]`` of one, three or, with opacity, four channels, or a list of such.
         title: of the figure.
         images_per_row: how many stand side by side.
 
@@ -34,8 +35,10 @@ def plot_images(images: Tensor, title: str, images_per_row: int) -> None:
         ImportError: matplotlib is not installed.
         ValueError: images of another shape; fewer than one per row.
     """
-    if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3):
-        raise ValueError(f"images: expected shape [n, 1 or 3, height, width], got {list(images.shape)}")
+    if not isinstance(images, Tensor):
+        images = torch.stack(tuple(images)) if len(images) else torch.empty(0)
+    if images.dim() != 4 or not len(images) or images.shape[1] not in (1, 3, 4):
+        raise ValueError(f"images: expected shape [n, 1, 3 or 4, height, width], got {list(images.shape)}")
     if images_per_row < 1:
         raise ValueError(f"images_per_row: expected at least 1, got {images_per_row}")
     from matplotlib import pyplot
@@ -46,14 +49,14 @@ def plot_images(images: Tensor, title: str, images_per_row: int) -> None:
 
 
 def _grid(images: Tensor, columns: int) -> Tensor:
-    """One image ``[3, ...]`` of all, with black between them; a single one as it is."""
-    images = images.expand(-1, 3, -1, -1)
+    """One image ``[3 or 4, ...]`` of all, with black between them; a single one as it is."""
+    images = images.expand(-1, max(images.shape[1], 3), -1, -1)
     if len(images) == 1:
         return images[0]
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     height, width = (side + _GAP for side in images.shape[2:])
-    grid = images.new_zeros(3, rows * height + _GAP, columns * width + _GAP)
+    grid = images.new_zeros(images.shape[1], rows * height + _GAP, columns * width + _GAP)
     for k, image in enumerate(images):
         top, left = k // columns * height + _GAP, k % columns * width + _GAP
         grid[:, top : top + height - _GAP, left : left + width - _GAP] = image
@@ -109,7 +112,8 @@ def _embeddings(
 ) -> tuple[Tensor, list[Any]]:
     parts: list[Tensor] = []
     names: list[Any] = []
-    bar = progress_bar(len(dataloader), "Predicting embeddings", "batch")
+    # Some have no length, such as a loader of an IterableDataset.
+    bar = progress_bar(operator.length_hint(dataloader) or None, "Predicting embeddings", "batch")
     for images, batch_names in dataloader:
         parts.append(model(images if device is None else images.to(device)).detach().cpu())
         names += batch_names.tolist() if isinstance(batch_names, Tensor) else batch_names
@@ -134,7 +138,7 @@ def evaluate_on_one_task(
     scores = model(query_images).detach()
     predicted = scores.argmax(1)
     classes = sorted(set(support_labels.tolist()))
-    if len(classes) == scores.shape[1] <= classes[-1]:
+    if len(classes) == scores.shape[1] and classes != list(range(len(classes))):
         predicted = torch.tensor(classes, device=predicted.device)[predicted]
     return int((predicted == query_labels).sum()), len(query_labels)
 

@@ -24,7 +24,8 @@ def read_table(path: str | os.PathLike[str], *columns: str) -> list[tuple[str, .
         FileNotFoundError: it is not there.
         ValueError: it lacks one of the columns.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    # As pandas does, without the mark that spreadsheets write before the header.
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         lacking = [name for name in columns if name not in (reader.fieldnames or ())]
         if lacking:

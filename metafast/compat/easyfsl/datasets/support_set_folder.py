@@ -33,7 +33,7 @@ class SupportSetFolder(Dataset[Any]):
         image_size: height and width.
         transform: from what ``loader`` gives to tensors of one shape; None: :func:`default_transform`.
         target_transform: of the labels of items.
-        loader: from a path to an image; None: a Pillow image of three channels.
+        loader: from a path to an image, which is a Pillow image of three channels unless it is given.
         is_valid_file: whether to take a file; None: the usual suffixes of images.
         allow_empty: take classes without images.
 

@@ -51,9 +51,8 @@ class TaskSampler(Sampler[list[int]]):
             _whole(number, name) for name, number in numbers.items()
         )
         labels: Any = dataset.get_labels()
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        elif any(isinstance(label, Tensor) for label in labels[:1]):
+        labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        if any(isinstance(label, Tensor) for label in labels[:1]):
             # Tensors are told apart by their place in memory.
             labels = [int(label) for label in labels]
         self.items_per_label: dict[Any, list[int]] = {}
