@@ -127,8 +127,8 @@ _PLAIN: dict[type[nn.Module], dict[str, Any]] = {
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody wants to see the layer's calls, or to change them."""
-    return any(
+    """Whether somebody wants to see the layer's calls, or to change them: by hooks, or a ``forward`` of its own."""
+    return "forward" in vars(layer) or any(
         getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
     )
 

@@ -148,6 +148,12 @@ def test_hooks_are_called(place):
     handle.remove()
     encoder(images)
     assert len(seen) == 1
+    layer = encoder.encoder[0][place]
+    forward = layer.forward
+    layer.forward = lambda given: 0 * forward(given)
+    assert not torch.equal(encoder(images), expected), "a forward of this layer alone"
+    del layer.forward
+    torch.testing.assert_close(encoder(images), expected)
 
 
 def test_under_a_transform():

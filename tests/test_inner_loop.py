@@ -486,6 +486,10 @@ def test_a_first_layer_adapts_by_its_support_rows_alone() -> None:
         hooked = nn.Sequential(wide())
         list(hooked.modules())[k].register_forward_hook(lambda *_: None)
         assert found(hooked) is None
+        own = nn.Sequential(wide())
+        replaced = list(own.modules())[k]
+        replaced.forward = replaced.forward  # type: ignore[method-assign]
+        assert found(own) is None
 
     module, tasks = make("wide first layer")
     adapted = inner_loop(module, *tasks[:2], 0.1, 2)

@@ -110,12 +110,7 @@ class MatchingNetworks(FewShotClassifier):
     ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
         """From attention ``[m, n]`` and the two states to the new states."""
         reader = self.query_features_encoding_cell
-        if (
-            type(reader) is not nn.LSTMCell
-            or is_hooked(reader)
-            or "forward" in vars(reader)
-            or reader.bias_ih is None
-        ):
+        if type(reader) is not nn.LSTMCell or is_hooked(reader) or reader.bias_ih is None:
             return lambda attention, hidden, cell: reader(
                 torch.cat((queries, attention @ support), 1), (hidden, cell)
             )
