@@ -252,6 +252,17 @@ def test_a_sequence_of_modules() -> None:
         broken(torch.zeros(1, 2))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_running_statistics_that_are_turned_off_later(training: bool, given: bool) -> None:
+    net, x = modules.MetaBatchNorm1d(2), torch.randn(8, 2, dtype=X)
+    net.to(X).train(training).track_running_stats = False
+    found = net(x, params=OrderedDict(net.named_parameters()) if given else None)
+    close(found, (x - x.mean(0)) / (x.var(0, correction=0) + net.eps).sqrt(), X)
+    assert net.num_batches_tracked == 0
+    close(net.running_mean, 0.1 * x.mean(0), X)
+
+
 def test_running_statistics_belong_to_the_module() -> None:
     net, x = modules.MetaBatchNorm1d(2), torch.randn(8, 2)
     params = {name: p * 2 for name, p in net.named_parameters()}

@@ -18,20 +18,21 @@ class _MetaBatchNorm(_BatchNorm, MetaModule):
     """Running statistics are buffers of the module, which every call in training changes, whatever ``params`` are."""
 
     def forward(self, input: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        if params is None:
-            return super().forward(input)
         self._check_input_dim(input)
         rate = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 rate = 1.0 / float(self.num_batches_tracked)
+        weight, bias = (
+            (self.weight, self.bias) if params is None else (params.get("weight"), params.get("bias"))
+        )
         return batch_norm(
             input,
             self.running_mean,
             self.running_var,
-            params.get("weight"),
-            params.get("bias"),
+            weight,
+            bias,
             self.training or not self.track_running_stats,
             rate,
             self.eps,
