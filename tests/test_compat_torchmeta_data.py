@@ -1007,6 +1007,58 @@ def test_what_was_changed_since_is_seen(tmp_path: Path) -> None:
     assert numbers is not None and changed is not None and changed[1][0] == 0
 
 
+def test_a_transform_that_was_changed_in_place_is_seen(tmp_path: Path) -> None:
+    tasks = small(tmp_path, transform=chain(ToTensor()), class_augmentations=[tf.HorizontalFlip()])
+    parts = tasks.dataset.transform.transforms = [ToTensor()]
+
+    def shape(*numbers: int) -> Any:
+        """That of the inputs at once, which are those that come one by one."""
+        task = tasks[numbers]
+        found = at_once(task)
+        if found is None:
+            return None
+        wanted = default_collate(list(task))
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+        return found[0].shape[1:]
+
+    assert shape(0, 3) == (3, 6, 6)
+    parts.insert(0, Resize(4))
+    assert shape(0, 3) == (3, 4, 4)
+    parts[0].size = 5
+    assert shape(0, 3) == (3, 5, 5)
+    parts[0] = Resize(3)
+    assert shape(0, 3) == (3, 3, 3)
+    parts.append(lambda x: x + 1)
+    assert shape(0, 3) is None
+    parts[-1] = Fake("Normalize", lambda x: x + 1)
+    assert shape(0, 3) == (3, 3, 3)
+    tasks.dataset.class_augmentations[0] = tf.VerticalFlip()
+    flipped = tasks[0, 3]
+    assert shape(0, 3) == (3, 3, 3)
+    assert torch.equal(flipped[4][0], flipped[0][0].flip(-2))
+    # The images as well.
+    flipped.datasets[0].data = tasks.dataset[1].data
+    assert _whole.whole(flipped) is None
+    first, second = tasks.dataset.labels[:2]
+    tasks.dataset.data[first] = tasks.dataset.data[second]
+    assert shape(0, 3) == (3, 3, 3) and torch.equal(tasks[0, 1][0][0], tasks[0, 1][4][0])
+
+
+def test_a_data_set_may_have_any_names_of_its_own() -> None:
+    class Own(tm.Task):
+        _samples = _at_once = 3
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, row: int) -> Any:
+            return float(row), row % 2
+
+    split = tf.ClassSplitter(shuffle=False, num_train_per_class=1, num_test_per_class=2)
+    inputs, targets = BatchMetaCollate(default_collate)([split(Own(0, 2))])["test"]
+    assert inputs.tolist() == [[2, 4, 3, 5]] and targets.tolist() == [[0, 0, 1, 1]]
+
+
 @pytest.mark.parametrize("target", [None, lambda pair: 3, tf.Categorical])
 def test_targets_that_are_no_class_numbers(tmp_path: Path, target: Any) -> None:
     if target is tf.Categorical:

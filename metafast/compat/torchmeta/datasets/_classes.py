@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from metafast.compat.torchmeta._chain import Transform, flattened
 from metafast.compat.torchmeta._images import Images, opened, scaled
 from metafast.compat.torchmeta._pixels import Budget, Pixels, parted
 from metafast.compat.torchmeta.transforms.categorical import Categorical, FixedCategory
-from metafast.compat.torchmeta.utils.data._whole import Samples
+from metafast.compat.torchmeta.utils.data._whole import GivesSamples, Samples
 from metafast.compat.torchmeta.utils.data.dataset import ClassDataset, CombinationMetaDataset
 from metafast.compat.torchmeta.utils.data.task import Dataset
 from metafast.data import ImageClasses
@@ -23,7 +24,7 @@ from metafast.data import ImageClasses
 KEPT = 2**31
 
 
-class ImagesOfClass(Dataset):
+class ImagesOfClass(Dataset, GivesSamples):
     """The images of one class, each with the same target.
 
     Args:
@@ -32,7 +33,7 @@ class ImagesOfClass(Dataset):
         target: of all of them, before ``target_transform``.
         mode: Pillow's mode to convert images to, None for none.
         transform, target_transform: see :class:`Dataset`.
-        kept: the images after ``transform`` as far as it draws nothing, and what it does then; None where it may draw.
+        kept: the images after ``transform`` as far as it draws nothing, and what it does then.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class ImagesOfClass(Dataset):
             target = self.target_transform(target)
         return image, target
 
-    def _samples(self, rows: NDArray[np.int64]) -> Samples | None:
+    def _at_once(self, rows: NDArray[np.int64]) -> Samples | None:
         kept = self._kept
         if type(self) is not ImagesOfClass or kept is None or self.transform is not kept.transform:
             return None
-        if rows.max() >= len(self):
+        if self.data is not kept.images or rows.max() >= len(self) or not kept.steady():
             return None
         number = self._number()
         inputs = None if number is None else kept.pixels.rows(rows, kept.budget)
@@ -83,21 +84,40 @@ class ImagesOfClass(Dataset):
 
 
 class _Kept:
-    """What is kept of a class under one transform of the data set."""
+    """What is kept of a class under one transform of the data set and one augmentation of the class."""
 
     def __init__(
         self,
         images: Images,
         mode: str | None,
         transform: Transform | None,
-        base: Transform | None,
+        made_of: tuple[Any, Transform | None],
         budget: Budget,
     ) -> None:
-        self.transform, self.base, self.budget = transform, base, budget
-        parts = parted(transform)
-        self.known = parts is not None
-        before, after = parts or ([], [])
-        self.pixels = Pixels(images, mode, before)
+        self.images, self.transform, self.made_of, self.budget = images, transform, made_of, budget
+        self._mode = mode
+        self._begin()
+
+    def is_of(self, images: Images, made_of: tuple[Any, Transform | None]) -> bool:
+        """Are the images and the transforms still the same?"""
+        same = all(a is b for a, b in zip(self.made_of, made_of, strict=True))
+        return same and self.images is images
+
+    def steady(self) -> bool:
+        """Does the transform draw nothing? What was made before its parts or their settings changed is forgotten."""
+        parts = flattened(self.transform)
+        same = len(parts) == len(self._parts) and all(a is b for a, b in zip(parts, self._parts, strict=True))
+        if not same or [vars(part) for part in self._before] != self._settings:
+            self._begin()
+        return self._known
+
+    def _begin(self) -> None:
+        self._parts = flattened(self.transform)
+        parts = parted(self.transform)
+        self._known = parts is not None
+        self._before, after = parts or ([], [])
+        self._settings = deepcopy([vars(part) for part in self._before])
+        self.pixels = Pixels(self.images, self._mode, self._before)
         self.finish = (scaled, *after)
 
 
@@ -155,9 +175,10 @@ class LocalClassDataset(ClassDataset):
         kept = self._kept.get(index)
         label = self.labels[index % self.num_classes]
         images = self.data["/".join(label) if isinstance(label, list) else label]
-        if kept is None or kept.base is not self.transform:
+        made_of = self.get_class_augmentation(index), self.transform
+        if kept is None or not kept.is_of(images, made_of):
             transform = self.get_transform(index, self.transform)
-            kept = self._kept[index] = _Kept(images, self.mode, transform, self.transform, self._budget)
+            kept = self._kept[index] = _Kept(images, self.mode, transform, made_of, self._budget)
         return ImagesOfClass(
             index,
             images,
@@ -165,7 +186,7 @@ class LocalClassDataset(ClassDataset):
             self.mode,
             kept.transform,
             self.get_target_transform(index),
-            kept if kept.known else None,
+            kept,
         )
 
     @property

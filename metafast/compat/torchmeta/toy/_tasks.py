@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from metafast import _check
 from metafast.compat.torchmeta._chain import Transform
-from metafast.compat.torchmeta.utils.data._whole import Samples
+from metafast.compat.torchmeta.utils.data._whole import GivesSamples, Samples
 from metafast.compat.torchmeta.utils.data.dataset import MetaDataset
 from metafast.compat.torchmeta.utils.data.task import Task
 
 Array = NDArray[np.float64]
 
 
-class RegressionTask(Task):
+class RegressionTask(Task, GivesSamples):
     """Inputs and targets ``[n, 1]`` in float64; a sample is a row of each.
 
     Args:
@@ -55,7 +55,7 @@ class RegressionTask(Task):
             y if self.target_transform is None else self.target_transform(y),
         )
 
-    def _samples(self, rows: NDArray[np.int64]) -> Samples | None:
+    def _at_once(self, rows: NDArray[np.int64]) -> Samples | None:
         if type(self).__getitem__ is not RegressionTask.__getitem__ or rows.max() >= self.num_samples:
             return None
         if self.transform is not None or self.target_transform is not None:

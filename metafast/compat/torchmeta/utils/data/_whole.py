@@ -42,6 +42,14 @@ class Samples:
         )
 
 
+class GivesSamples:
+    """A data set of this package that can give many samples at once."""
+
+    def _at_once(self, rows: Rows) -> Samples | None:
+        """Those of some rows; None: they are to be asked for each."""
+        raise NotImplementedError(f"{type(self).__name__} has no _at_once")
+
+
 @dataclass(frozen=True)
 class Whole:
     """All samples of a task, those of each class at once."""
@@ -53,10 +61,7 @@ class Whole:
 
 
 def whole(task: Any) -> Whole | None:
-    """The samples of a task.
-
-    Data sets say by a method ``_samples`` of their own what they can give at once. None: they are to be asked for each.
-    """
+    """The samples of a task, of data sets that are :class:`GivesSamples`; None: they are to be asked for each."""
     rows = np.arange(len(task))
     while type(task) is SubsetTask:
         rows = np.asarray(task.indices, dtype=np.int64)[rows]
@@ -78,8 +83,7 @@ def whole(task: Any) -> Whole | None:
         ]
     found: list[Samples] = []
     for dataset, wanted in parts:
-        ask = getattr(dataset, "_samples", None)
-        samples = None if ask is None else ask(wanted)
+        samples = dataset._at_once(wanted) if isinstance(dataset, GivesSamples) else None
         if samples is None or (found and not samples.alike(found[0])):
             return None
         found.append(samples)
