@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -405,6 +406,32 @@ def test_prototypes(dtype: torch.dtype, options: dict[str, Any]) -> None:
     torch.testing.assert_close(
         twice(loss, (support, query)), twice(wanted, (support, query)), rtol=apart, atol=apart
     )
+
+
+def test_prototypes_of_other_kinds() -> None:
+    support, labels, query, answers = rows(X)
+    means = utils.get_prototypes(support, labels, 4)
+    for count in (torch.tensor(4), np.int64(4)):
+        assert torch.equal(utils.get_prototypes(support, labels, count), means)  # type: ignore[arg-type]
+    # As torch's own operators do it, of two dtypes the larger.
+    mixed = utils.prototypical_loss(means.float(), query, answers)
+    close(mixed, utils.prototypical_loss(means.float().to(X), query, answers), X)
+    with pytest.raises(TypeError, match=r"targets: expected int64 class numbers, got torch\.float64"):
+        utils.get_prototypes(support, torch.rand(3, 10, 4, dtype=X), 4)
+    with pytest.raises(TypeError, match="embeddings: expected float32, float64"):
+        utils.get_prototypes(support.long(), labels, 4)
+    with pytest.raises(ValueError, match="targets: expected size 10 in dimension -1, as embeddings has"):
+        utils.get_prototypes(support, labels[:, :3], 4)
+    with pytest.raises(ValueError, match="targets: expected class numbers from 0 to 1, got"):
+        utils.get_prototypes(support, labels, 2)
+    with pytest.raises(TypeError, match="num_classes: expected an int, got float"):
+        utils.get_prototypes(support, labels, 4.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="embeddings: expected size 6 in dimension -1, as prototypes has"):
+        utils.prototypical_loss(means, query[..., :5], answers)
+    with pytest.raises(TypeError, match="prototypes: expected a tensor, got list"):
+        utils.prototypical_loss([], query, answers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"leading dimensions: .*prototypes has \[3\], embeddings has \[2\]"):
+        utils.prototypical_loss(means, query[:2], answers)
 
 
 def similarity(x: Tensor, y: Tensor, eps: float) -> Tensor:

@@ -563,6 +563,27 @@ def test_toy_helpers() -> None:
         toy.Sinusoid(3, num_tasks=2.0)  # type: ignore[arg-type]
 
 
+def test_numbers_of_numpy() -> None:
+    def rows(task: Any) -> Any:
+        return [[*map(int, part.indices)] for part in task.values()]
+
+    two, task = np.int64(2), combined()[0, 1, 2]
+    for shuffle in (True, False):
+        found = tf.ClassSplitter(shuffle=shuffle, num_train_per_class=two, num_test_per_class=torch.tensor(1))
+        wanted = tf.ClassSplitter(shuffle=shuffle, num_train_per_class=2, num_test_per_class=1)
+        assert rows(found(task)) == rows(wanted(task))
+    shares = {
+        "train_weights": np.float32(0.5),
+        "test_weights": np.float64(0.25),
+        "min_num_samples": np.int64(1),
+    }
+    plain = {"train_weights": 0.5, "test_weights": 0.25, "min_num_samples": 1}
+    assert rows(tf.WeightedClassSplitter(**shares)(task)) == rows(tf.WeightedClassSplitter(**plain)(task))
+    assert [len(part) for part in toy.helpers.sinusoid(two, num_tasks=two)[1].values()] == [2, 2]
+    with pytest.raises(TypeError, match=r"num_samples_per_class\['train'\]: expected an int, got float"):
+        tf.ClassSplitter(num_train_per_class=np.float64(2))
+
+
 # Transforms of images.
 
 
@@ -603,9 +624,13 @@ def test_class_augmentations() -> None:
         tf.Rotation(360)
     with pytest.raises(ValueError, match=r"angle: expected one number to turn an image by, got \[90, 180\]"):
         tf.Rotation([90, 180])(image)
-    for transform in (tf.Rotation(90), tf.HorizontalFlip(), tf.VerticalFlip()):
-        with pytest.raises(TypeError, match="image: expected one of Pillow's, got Tensor"):
-            transform(torch.zeros(3, 4, 4))
+    with pytest.raises(TypeError, match="image: expected one of Pillow's, got Tensor"):
+        tf.Rotation(90)(torch.zeros(3, 4, 4))
+    for flip, dim in ((tf.HorizontalFlip(), -1), (tf.VerticalFlip(), -2)):
+        with pytest.raises(TypeError, match="image: expected one of Pillow's, got ndarray"):
+            flip(values)
+        of_many = torch.randn(2, 3, 4, 5)
+        assert torch.equal(flip(of_many), of_many.flip(dim))
 
 
 def test_images_to_tensors() -> None:
@@ -622,7 +647,10 @@ def test_images_to_tensors() -> None:
     np.testing.assert_array_equal(Resize(10)(image), image.resize((10, 14), PIL.Resampling.BILINEAR))
     assert Resize(5)(image) is image and Resize((7, 5))(image) is image
     np.testing.assert_array_equal(CenterCrop(3)(image), np.asarray(image)[2:5, 1:4])
-    pair = tf.SegmentationPairTransform(4)(image, grey)
+    transform = tf.SegmentationPairTransform(4)
+    pair = transform(image, grey)
+    assert torch.equal(transform.image_transform(image), pair[0])
+    assert torch.equal(transform.mask_transform(grey), pair[1])
     np.testing.assert_array_equal(pair[1][0] * 255, np.asarray(grey.resize((4, 4), PIL.Resampling.NEAREST)))
     np.testing.assert_array_equal(
         pair[0], ToTensor()(image.resize((4, 4), PIL.Resampling.BILINEAR)), strict=False

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metafast import _check
+from metafast.compat.torchmeta import _numbers
 from metafast.compat.torchmeta._chain import Transform
 from metafast.compat.torchmeta.utils.data._whole import GivesSamples, Samples
 from metafast.compat.torchmeta.utils.data.dataset import MetaDataset
@@ -83,8 +83,8 @@ class RegressionDataset(MetaDataset):
         target_transform: Transform | None,
         dataset_transform: Transform | None,
     ) -> None:
-        _check.count(num_samples_per_task, "num_samples_per_task")
-        _check.count(num_tasks, "num_tasks")
+        _numbers.count(num_samples_per_task, "num_samples_per_task")
+        _numbers.count(num_tasks, "num_tasks")
         super().__init__(
             meta_split="train", target_transform=target_transform, dataset_transform=dataset_transform
         )

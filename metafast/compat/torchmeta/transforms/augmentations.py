@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from metafast.compat import absent
 
 __getattr__ = absent(__name__)
@@ -78,12 +80,14 @@ class Rotation:
 
 
 class HorizontalFlip:
-    """Left for right."""
+    """Left for right, of an image of Pillow's or a tensor ``[..., height, width]``."""
 
     def __iter__(self) -> Iterator[HorizontalFlip]:
         return iter([HorizontalFlip()])
 
     def __call__(self, image: Any) -> Any:
+        if isinstance(image, Tensor):
+            return image.flip(-1)
         from PIL.Image import Transpose
 
         return _pillow(image).transpose(Transpose.FLIP_LEFT_RIGHT)
@@ -93,12 +97,14 @@ class HorizontalFlip:
 
 
 class VerticalFlip:
-    """Top for bottom."""
+    """Top for bottom, of an image of Pillow's or a tensor ``[..., height, width]``."""
 
     def __iter__(self) -> Iterator[VerticalFlip]:
         return iter([VerticalFlip()])
 
     def __call__(self, image: Any) -> Any:
+        if isinstance(image, Tensor):
+            return image.flip(-2)
         from PIL.Image import Transpose
 
         return _pillow(image).transpose(Transpose.FLIP_TOP_BOTTOM)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from metafast import _check
 from metafast.compat import absent
+from metafast.compat.torchmeta import _numbers
 from metafast.compat.torchmeta.transforms.utils import apply_wrapper
 from metafast.compat.torchmeta.utils.data.task import ConcatTask, SubsetTask, Task
 
@@ -168,7 +169,7 @@ class ClassSplitter_(_PerClass):
             (num_test_per_class, num_query_per_class),
         )
         for split, count in splits.items():
-            _check.count(count, f"num_samples_per_class[{split!r}]")
+            _numbers.count(count, f"num_samples_per_class[{split!r}]")
         super().__init__(shuffle, splits, sum(splits.values()), random_state_seed)
 
     def _count(self, split: str, rows: int) -> int:
@@ -193,7 +194,7 @@ class WeightedClassSplitter_(_PerClass):
     ) -> None:
         splits = _named("weights", weights, (train_weights, support_weights), (test_weights, query_weights))
         for split, weight in splits.items():
-            _check.number(weight, f"weights[{split!r}]")
+            _check.number(_numbers.plain(weight), f"weights[{split!r}]")
         if not (min(splits.values()) >= 0 and sum(splits.values()) <= 1):
             raise ValueError(f"weights: expected shares of 0 or more, together at most 1, got {dict(splits)}")
         self.force_equal_per_class = force_equal_per_class
@@ -242,7 +243,7 @@ def _limits(argument: str, given: Any, splits: Mapping[str, Any]) -> OrderedDict
     if limits.keys() != splits.keys():
         raise ValueError(f"{argument}: expected the keys {', '.join(splits)}, got {', '.join(limits)}")
     for split, value in limits.items():
-        _check.count(value, f"{argument}[{split!r}]")
+        _numbers.count(value, f"{argument}[{split!r}]")
     return limits
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from metafast.compat import absent
+from metafast.compat.torchmeta._chain import Compose
 from metafast.compat.torchmeta._images import Resize, ToTensor
 
 __getattr__ = absent(__name__)
@@ -42,9 +43,9 @@ class SegmentationPairTransform:
     """An image and its mask as tensors ``[..., target_size, target_size]``; the mask by the nearest pixels."""
 
     def __init__(self, target_size: int) -> None:
-        self.image_transform = Resize((target_size, target_size))
-        self.mask_transform = Resize((target_size, target_size), nearest=True)
-        self._to_tensor = ToTensor()
+        size = (target_size, target_size)
+        self.image_transform = Compose([Resize(size), ToTensor()])
+        self.mask_transform = Compose([Resize(size, nearest=True), ToTensor()])
 
     def __call__(self, image: Any, mask: Any) -> tuple[Tensor, Tensor]:
-        return self._to_tensor(self.image_transform(image)), self._to_tensor(self.mask_transform(mask))
+        return self.image_transform(image), self.mask_transform(mask)

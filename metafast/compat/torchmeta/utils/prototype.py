@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from metafast import _check
 from metafast.compat import absent
+from metafast.compat.torchmeta._numbers import plain
 from metafast.distance import pairwise_distance
 from metafast.prototype import prototypes as class_means
 
@@ -47,8 +48,19 @@ def get_prototypes(embeddings: Tensor, targets: Tensor, num_classes: int) -> Ten
 
     Returns:
         ``[B, C, D]``, row k that of class k.
+
+    Raises:
+        TypeError: embeddings that are no floating tensor, or targets that are no int64.
+        ValueError: shapes or devices that do not fit; on the CPU, a class number outside 0 to C - 1.
     """
-    return class_means(embeddings, targets, num_classes)
+    _check.features(embeddings, "embeddings", "[B, N, D]")
+    _check.class_labels(targets, "targets")
+    _check.same_size(targets, -1, "targets", embeddings, -2, "embeddings")
+    try:
+        return class_means(embeddings, targets, plain(num_classes))
+    except ValueError as error:
+        # Its arguments have other names.
+        raise ValueError(str(error).replace("labels", "targets").replace("features", "embeddings")) from None
 
 
 def prototypical_loss(prototypes: Tensor, embeddings: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
@@ -62,5 +74,16 @@ def prototypical_loss(prototypes: Tensor, embeddings: Tensor, targets: Tensor, *
         embeddings: ``[B, M, D]``.
         targets: ``[B, M]`` int64 class numbers.
         kwargs: for torch's ``cross_entropy``.
+
+    Raises:
+        TypeError: no floating tensors.
+        ValueError: shapes or devices that do not fit.
     """
-    return cross_entropy(-pairwise_distance(prototypes, embeddings), targets, **kwargs)
+    _check.features(prototypes, "prototypes", "[B, C, D]")
+    _check.features(embeddings, "embeddings", "[B, M, D]")
+    _check.same_device(embeddings, "embeddings", prototypes, "prototypes")
+    _check.same_size(embeddings, -1, "embeddings", prototypes, -1, "prototypes")
+    _check.broadcast_tasks(("prototypes", prototypes.shape[:-2]), ("embeddings", embeddings.shape[:-2]))
+    dtype = torch.promote_types(prototypes.dtype, embeddings.dtype)
+    distances = pairwise_distance(prototypes.to(dtype), embeddings.to(dtype))
+    return cross_entropy(-distances, targets, **kwargs)
