@@ -118,6 +118,8 @@ def test_meta_splits(kind: Any) -> None:
         kind(meta_split="validation")
     with pytest.raises(ValueError, match="expected one of them to be true, got True, True, False"):
         kind(meta_train=True, meta_val=True)
+    own = type("Own", (kind,), {"meta_split": property(lambda self: "its own")})
+    assert own(meta_train=True).meta_split == "its own"
     with pytest.raises(NotImplementedError, match="has no __getitem__"):
         found[0]
 

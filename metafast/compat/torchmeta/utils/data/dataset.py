@@ -44,7 +44,12 @@ class _OfSplit:
                 raise ValueError(f"meta_split: expected train, val or test, got {meta_split!r}")
             flags = tuple(meta_split == split for split in _SPLITS)  # type: ignore[assignment]
         self.meta_train, self.meta_val, self.meta_test = map(bool, flags)
-        self.meta_split: str = meta_split or _SPLITS[flags.index(True)]
+        self._meta_split: str = meta_split or _SPLITS[flags.index(True)]
+
+    @property
+    def meta_split(self) -> str:
+        """``"train"``, ``"val"`` or ``"test"``."""
+        return self._meta_split
 
 
 class ClassDataset(_OfSplit):
