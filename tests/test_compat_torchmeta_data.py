@@ -1056,6 +1056,12 @@ def test_a_transform_that_was_changed_in_place_is_seen(tmp_path: Path) -> None:
     assert shape(0, 3) == (3, 4, 4)
     parts[0].size = 5
     assert shape(0, 3) == (3, 5, 5)
+    parts[0].size = size = [2, 7]
+    assert shape(0, 3) == (3, 2, 7)
+    size[1] = 8
+    assert shape(0, 3) == (3, 2, 8)
+    parts[0].size = np.array([3, 2])
+    assert shape(0, 3) == shape(0, 3) == (3, 3, 2)
     parts[0] = Resize(3)
     assert shape(0, 3) == (3, 3, 3)
     parts.append(lambda x: x + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -107,7 +106,7 @@ class _Kept:
         """Does the transform draw nothing? What was made before its parts or their settings changed is forgotten."""
         parts = flattened(self.transform)
         same = len(parts) == len(self._parts) and all(a is b for a, b in zip(parts, self._parts, strict=True))
-        if not same or [vars(part) for part in self._before] != self._settings:
+        if not same or not all(map(_has_settings, self._before, self._settings)):
             self._begin()
         return self._known
 
@@ -116,9 +115,22 @@ class _Kept:
         parts = parted(self.transform)
         self._known = parts is not None
         self._before, after = parts or ([], [])
-        self._settings = deepcopy([vars(part) for part in self._before])
+        self._settings = [
+            {name: value[:] if isinstance(value, list) else value for name, value in vars(part).items()}
+            for part in self._before
+        ]
         self.pixels = Pixels(self.images, self._mode, self._before)
         self.finish = (scaled, *after)
+
+
+def _has_settings(part: Any, settings: Mapping[str, Any]) -> bool:
+    """Has a transform these attributes? Other values than numbers and lists are compared as objects."""
+    now = vars(part)
+    return now.keys() == settings.keys() and all(
+        now[name] is value
+        or (isinstance(value, int | float | list) and type(now[name]) is type(value) and now[name] == value)
+        for name, value in settings.items()
+    )
 
 
 class LocalClassDataset(ClassDataset):
