@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from metafast import _check
+from metafast._chain import Chain, Rows, layers_of
 from metafast._inner_loss import LOSSES
 from metafast._stateless import (
     BATCH_NORM_POLICIES,
@@ -86,7 +87,8 @@ def inner_loop(
     the weights of all tasks stacked; a module that cannot be, task after task, with a warning. ``Adapted.path`` says
     which it was. The module itself, its buffers and its gradients are left as they are (but for ``batch_norm``). A wide
     linear layer that the rows reach first keeps what they add to its weight, while plain SGD with one rate for it
-    adapts it: no task's weight is made then, unless ``Adapted.parameters`` is asked for.
+    adapts it: no task's weight is made then, unless ``Adapted.parameters`` is asked for. In a ``Sequential`` of linear
+    layers, BatchNorm, ReLU and tanh so does every linear layer that is wide beside the support rows of all steps.
 
     Under autocast the module computes as its operators do there, while parameters, steps and losses stay as they are;
     a fused operator computes in float32. For float16 the inner losses are scaled by 1,024 and their gradients back,
@@ -171,20 +173,30 @@ def inner_loop(
             return _Fused(form, start, own, (support_x, support_y), rates, steps, options)
     leaves = [start, fixed, by_step, rates, support_x]
     first: _First | None = None
-    seen: Tensor | _Products = support_x
+    chain: Chain | None = None
+    seen: Tensor | _Products | Rows = support_x
     along_gradients = optimizer == "sgd" and momentum == weight_decay == 0 and state is None
-    if steps and along_gradients and batches is None and not _check.autocasts(support_x):
-        first = _first(module, start, own, rates, support_x)
-    if first is not None:
-        seen = first.of_support
-        start = {**start, first.layer.name: support_x.new_zeros(seen.products.shape[1:])}
-    stacked = {
-        name: value if value.dim() > own[name].dim() else value.expand(tasks, *value.shape)
-        for name, value in start.items()
-    }
-    function = _Function(
-        module, fixed, by_step, OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss, batch_norm, first
-    )
+    if along_gradients and batches is None and not _check.autocasts(support_x):
+        layers = layers_of(module, support_x)
+        if layers is not None and isinstance(loss, str):
+            constants = {name: value for name, value in fixed.items() if name not in by_step}
+            each = [_rate_of(rates, t) for t in range(steps)]
+            chain = Chain(*layers, batch_norm, LOSSES.index(loss), support_x, start, constants, each)
+        elif steps:
+            first = _first(module, start, own, rates, support_x)
+    stacked: dict[str, Any] = start
+    if chain is not None:
+        seen = chain.of_support
+    else:
+        if first is not None:
+            seen = first.of_support
+            start = {**start, first.layer.name: support_x.new_zeros(seen.products.shape[1:])}
+        stacked = {
+            name: value if value.dim() > own[name].dim() else value.expand(tasks, *value.shape)
+            for name, value in start.items()
+        }
+    outer_loss = OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss
+    function = _Function(module, fixed, by_step, outer_loss, batch_norm, first, chain)
     rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
     constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
     trace, begun = [stacked], 0 if state is None else state.steps
@@ -198,7 +210,7 @@ def inner_loop(
             rows = (support_x.index_select(1, batches[t]), support_y.index_select(1, batches[t]))
         arguments = (start if alike else trace[-1], slots, _rate_of(rates, t), function.fixed(t), *rows)
         if recompute and torch.is_grad_enabled():
-            if t == constant and _is_to_be_tried(module):
+            if t == constant and chain is None and _is_to_be_tried(module):
                 # A step that is made again hides its operators.
                 with torch.random.fork_rng(_random_state(module)[1]):
                     ends, *_ = step(*arguments)
@@ -213,7 +225,7 @@ def inner_loop(
             trace.clear()
         trace.append(values)
     state = OptimizerState(optimizer, begun + steps, slots)
-    if constant < steps and _is_to_be_tried(module):
+    if constant < steps and chain is None and _is_to_be_tried(module):
         _require_second_order(module, support_x, trace[-1], leaves)
     return _Stacked(function, trace, steps, state, shared=shared and steps == 0)
 
@@ -407,9 +419,11 @@ class _Stacked(Adapted):
         steps: int,
         state: OptimizerState | None,
         shared: bool = False,
+        records: bool | None = None,
     ) -> None:
         self._function, self._trace, self._steps, self._shared = function, trace, steps, shared
         self.state = state
+        self._records = torch.is_grad_enabled() if records is None else records
         self._made: Named | None = None
 
     @property
@@ -418,11 +432,10 @@ class _Stacked(Adapted):
 
     @property
     def parameters(self) -> Named:  # type: ignore[override]
-        own, first = self._trace[-1], self._function.first
-        if first is None:
-            return own
         if self._made is None:
-            self._made = {**own, first.layer.name: first.weights(own[first.layer.name])}
+            # Recorded as the steps were, whoever asks first.
+            with torch.set_grad_enabled(self._records):
+                self._made = self._function.whole(self._trace[-1])
         return self._made
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -438,7 +451,7 @@ class _Stacked(Adapted):
             raise ValueError(
                 f"step: without gradients the parameters of step {self._steps} alone are kept, not of step {step}"
             )
-        return _Stacked(self._function, self._trace[: step + 1], step, None)
+        return _Stacked(self._function, self._trace[: step + 1], step, None, records=self._records)
 
 
 class _Function:
@@ -452,8 +465,10 @@ class _Function:
         loss: Callable[[Tensor, Tensor], Tensor],
         batch_norm: str,
         first: _First | None,
+        chain: Chain | None,
     ) -> None:
-        self.module, self.loss, self.batch_norm, self.first = module, loss, batch_norm, first
+        self.module, self.loss, self.batch_norm = module, loss, batch_norm
+        self.first, self.chain = first, chain
         self.batched = True
         self._fixed, self._by_step = fixed, by_step
         self._statistics = Statistics()
@@ -467,6 +482,15 @@ class _Function:
             for name, each in self._by_step.items()
         }
         return {**self._fixed, **rows}
+
+    def whole(self, own: Any) -> Named:
+        """The tasks' parameters, where a layer knows only what has changed."""
+        if self.chain is not None:
+            return self.chain.whole(own)
+        whole: Named = own
+        if self.first is not None:
+            whole = {**own, self.first.layer.name: self.first.weights(own[self.first.layer.name])}
+        return whole
 
     def follow(self, statistics: Found, step: int) -> None:
         """Let the running statistics follow the batch ones of a call after so many steps."""
@@ -492,11 +516,13 @@ class _Function:
 
     def outputs(self, own: Named, shared: bool, step: int, x: Tensor) -> tuple[Tensor, Found]:
         """``[T, m, ...]``, and the batch statistics; ``shared``: the parameters are those of all tasks."""
-        tasks = next(iter(own.values())).shape[0]
+        tasks = self.chain.tasks if self.chain is not None else next(iter(own.values())).shape[0]
         _check.is_tensor(x, "x")
         if x.dim() < 2 or x.shape[0] != tasks:
             raise ValueError(f"x: expected rows [{tasks}, m, ...], got {list(x.shape)}")
         fixed = self.fixed(step)
+        if self.chain is not None:
+            return self.chain.outputs({**fixed, **own}, self.chain.rows(x))
         if self.first is not None:
             of_rows = self.first.of(x)
             own, x = of_rows.added(own, self.first.layer.name), of_rows.products
@@ -672,9 +698,13 @@ class _Step(NamedTuple):
     constant: bool
 
     def __call__(
-        self, own: Named, slots: Any, rate: Rate, fixed: Named, seen: Tensor | _Products, y: Tensor
+        self, own: Named, slots: Any, rate: Rate, fixed: Named, seen: Any, y: Tensor
     ) -> tuple[Named, Any, Found]:
         record = torch.is_grad_enabled() and not self.constant
+        if self.function.chain is not None:
+            moved: Any
+            moved, statistics = self.function.chain.step(own, rate, fixed, seen, y, record)
+            return moved, slots, statistics
         with contextlib.nullcontext() if record else torch.no_grad():
             grads, statistics = self.function.gradients(own, self.shared, fixed, seen, y, create_graph=record)
         return *self.rule(own, grads, slots, rate, self.number), statistics

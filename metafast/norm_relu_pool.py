@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,6 +119,41 @@ def norm_relu_pool(
     if mean is not None and var is not None:
         return y, mean, var
     return y, of_x.reshape(*lead, channels), var_of_x.reshape(*lead, channels)
+
+
+def norm_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, given: tuple[Tensor, Tensor] | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`norm_relu_pool` of rows ``[T, m, C]`` by ``[T, C]``: y, mean and variance, in float32 or float64."""
+    mean, var = (None, None) if given is None else given
+    y, *own, _ = call(NORM, _as_pixels(x), weight, bias, mean, var, float(eps), relu, False)
+    return _as_rows(y), *(own if given is None else given)
+
+
+def norm_rows_vjp(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Sequence[Tensor],
+    given: bool,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`norm_rows` for x, weight and bias, ``statistics`` as it returns them."""
+    choice = x.new_empty(x.shape[0], 0, dtype=torch.uint8)
+    rows = _as_pixels(grad), None, None, _as_pixels(x)
+    to_x, *to_own = NORM_VJP(*rows, weight, bias, *statistics, choice, given, float(eps), relu, False)[:3]
+    return _as_rows(to_x), *to_own
+
+
+def _as_pixels(x: Tensor) -> Tensor:
+    """Rows ``[T, m, C]`` as the pixels of an image for each task, whose channels lie side by side."""
+    return x.mT.unsqueeze(1).unsqueeze(-1)
+
+
+def _as_rows(y: Tensor) -> Tensor:
+    return y.squeeze(-1).squeeze(1).mT
 
 
 def check_images(x: Any, mean: Any, var: Any, eps: Any, pool: bool) -> None:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metafast import MLP, Conv4, inner_loop
+from metafast._chain import layers_of
 from metafast._stateless import first_layer
 from metafast.inner_loop import BatchingWarning, OptimizerState
 from tests.cases import assert_same
@@ -96,9 +97,20 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         VECTORS,
         "batched",
     ),
+    "chain": (
+        lambda: nn.Sequential(
+            nn.Flatten(),
+            nn.Sequential(nn.Linear(128, 32), nn.BatchNorm1d(32, affine=False), nn.ReLU()),
+            nn.Sequential(nn.Linear(32, 48, bias=False), nn.Tanh()),
+            *(nn.Linear(48, 50), nn.BatchNorm1d(50, eps=1e-2), nn.Tanh()),
+            *(nn.Linear(50, 6), nn.ReLU(), nn.Linear(6, WAYS)),
+        ),
+        IMAGES,
+        "batched",
+    ),
     "wide first layer": (
         lambda: nn.Sequential(
-            nn.Flatten(), nn.Linear(128, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, WAYS)
+            nn.Flatten(), nn.Linear(128, 32, bias=False), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, WAYS)
         ),
         IMAGES,
         "batched",
@@ -333,7 +345,7 @@ def test_values_are_those_of_torch_optim(optimizer: str) -> None:
             torch.testing.assert_close(adapted.parameters[key][t], value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "chain", "wide first layer", "blocks"])
 @pytest.mark.parametrize("kind", ["number", "scalar", "tensors", "elements", "steps of tensors", "steps"])
 def test_rates(name: str, kind: str) -> None:
     """Every form of the rate, with its gradient."""
@@ -361,7 +373,7 @@ def test_rates(name: str, kind: str) -> None:
     assert_same(outer(adapted(tasks[2]), tasks, leaves), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "wide first layer", "blocks", "branches"])
+@pytest.mark.parametrize("name", ["mlp", "chain", "wide first layer", "blocks", "branches"])
 @pytest.mark.parametrize("truncate", [0, 1, 2, 5])
 @pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
 def test_truncated(name: str, truncate: int) -> None:
@@ -373,18 +385,21 @@ def test_truncated(name: str, truncate: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapt", "chosen"),
+    ("name", "adapt", "chosen"),
     [
-        (["3"], lambda name: name.startswith("3.")),
-        ("0", lambda name: name.startswith("0.")),
-        (["0.0.weight", "3.bias"], lambda name: name in ("0.0.weight", "3.bias")),
+        ("blocks", ["3"], lambda name: name.startswith("3.")),
+        ("blocks", "0", lambda name: name.startswith("0.")),
+        ("blocks", ["0.0.weight", "3.bias"], lambda name: name in ("0.0.weight", "3.bias")),
+        ("chain", ["8"], lambda name: name.startswith("8.")),
+        ("chain", "1", lambda name: name.startswith("1.")),
+        ("chain", ["3", "4.bias"], lambda name: name.startswith("3.") or name == "4.bias"),
     ],
-    ids=["head", "body", "two"],
+    ids=["head", "body", "two", "head of a chain", "body of a chain", "middle of a chain"],
 )
 @pytest.mark.parametrize("recompute", [False, True])
-def test_some_parameters_adapt(adapt: Any, chosen: Callable[[str], bool], recompute: bool) -> None:
+def test_some_parameters_adapt(name: str, adapt: Any, chosen: Callable[[str], bool], recompute: bool) -> None:
     """ANIL, BOIL: the others are shared by the tasks, and get gradients."""
-    module, tasks = make("blocks")
+    module, tasks = make(name)
     leaves = list(module.parameters())
     adapted = inner_loop(module, *tasks[:2], 0.2, 2, adapt=adapt, recompute=recompute)
     assert list(adapted.parameters) == [name for name, _ in module.named_parameters() if chosen(name)]
@@ -403,7 +418,7 @@ def test_what_requires_no_gradient_does_not_adapt() -> None:
     assert_same(actual, outer(expected, tasks, [first.bias]), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks", "branches"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "chain", "wide first layer", "blocks", "branches"])
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.filterwarnings("ignore::metafast.inner_loop.BatchingWarning")
 def test_initial_values_of_each_task(name: str, steps: int) -> None:
@@ -423,20 +438,21 @@ def test_initial_values_of_each_task(name: str, steps: int) -> None:
     assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
 
 
+@pytest.mark.parametrize("name, weight", [("wide first layer", "1.weight"), ("chain", "1.0.weight")])
 @pytest.mark.parametrize("of_each_task", [True, False])
-def test_initial_values_of_a_wide_first_layer(of_each_task: bool) -> None:
-    module, tasks = make("wide first layer")
+def test_initial_values_of_a_wide_first_layer(name: str, weight: str, of_each_task: bool) -> None:
+    module, tasks = make(name)
     own = dict(module.named_parameters())
-    shape = own["1.weight"].shape
+    shape = own[weight].shape
     value = torch.randn((TASKS, *shape) if of_each_task else shape, dtype=torch.float64) / 10
-    initial = {"1.weight": value.requires_grad_()}
+    initial = {weight: value.requires_grad_()}
     leaves = [value, *(v for key, v in own.items() if key not in initial)]
     actual = inner_loop(module, *tasks[:2], 0.2, 2, parameters=initial)(tasks[2])
     expected = by_hand(module, tasks, 0.2, 2, initial=initial)
     assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "wide first layer", "blocks"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "chain", "wide first layer", "blocks"])
 def test_after_each_step(name: str) -> None:
     """The loss of every step, as MAML++ weights them."""
     module, tasks = make(name)
@@ -508,6 +524,80 @@ def test_a_first_layer_adapts_by_its_support_rows_alone() -> None:
     assert adapted.parameters["1.weight"].shape == weights
 
 
+def test_a_chain_makes_no_wide_weight_of_a_task() -> None:
+    """Which modules are chains, and that a wide weight of each task is made only where it is asked for."""
+
+    def found(module: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+        layers = layers_of(module, torch.empty(2, 5, *shape, dtype=dtype))
+        return 0 if layers is None else len(layers[0])
+
+    def chain(*layers: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), *layers)
+
+    assert found(MLP((64, 32, 16, 3), batch_norm=True), 1, 8, 8) == 3
+    assert found(chain(nn.Tanh(), chain()), 8) == 2
+    assert found(nn.Sequential(nn.Flatten(), chain()), 2, 4) == 1
+    assert found(chain(), 2, 4) == 0 and found(chain(), 7) == 0, "rows that do not fit"
+    assert found(chain().double(), 8) == 0 and found(chain().half(), 8, dtype=torch.float16) == 0
+    assert found(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 6)), 8) == 0
+    assert found(nn.Sequential(nn.ReLU(), nn.Linear(8, 6)), 8) == 0
+    for other in (nn.GELU(), nn.Dropout(), nn.LayerNorm(6), nn.BatchNorm2d(6), nn.SyncBatchNorm(6)):
+        assert found(chain(other), 8) == 0
+    assert found(nn.Sequential(nn.Flatten(2), chain()), 2, 4) == 0
+    assert found(nn.Sequential(), 8) == 0 and found(nn.Sequential(nn.Flatten()), 8) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert found(nn.Sequential(nn.Linear(8, 0)), 8) == 0
+    activation = nn.ReLU()
+    assert found(chain(activation, nn.Linear(6, 6), activation, nn.Linear(6, 3)), 8) == 3
+    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    tied[2].weight = tied[0].weight
+    assert found(tied, 8) == 0
+    norm = nn.BatchNorm1d(8)
+    assert found(nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm), 8) == 0
+    for k in range(3):
+        hooked = nn.Sequential(chain())
+        list(hooked.modules())[k].register_forward_hook(lambda *_: None)
+        assert found(hooked, 8) == 0
+        own = nn.Sequential(chain())
+        replaced = list(own.modules())[k]
+        replaced.forward = replaced.forward  # type: ignore[method-assign]
+        assert found(own, 8) == 0
+
+    module, tasks = make("chain")
+    sizes: set[tuple[int, ...]] = set()
+
+    class Sees(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            sizes.add(tuple(out.shape) if isinstance(out, Tensor) else ())
+            return out
+
+    with Sees():
+        adapted = inner_loop(module, *tasks[:2], 0.1, 2)
+        adapted(tasks[2]).sum().backward()
+    for wide in ((32, 128), (48, 32), (50, 48)):
+        assert (TASKS, *wide) not in sizes and (TASKS, *wide[::-1]) not in sizes
+    assert (TASKS, 6, 50) in sizes, "more support rows, all steps together, than are worth it"
+    with pytest.raises(ValueError, match=r"x: expected rows of 128 inputs, got \[2, 8, 7\]"):
+        adapted(tasks[2][..., :7])
+
+
+def test_a_bias_that_batch_norm_takes_away() -> None:
+    """It changes nothing but the running mean, and still has a gradient: 0."""
+    module, tasks = make("mlp with batch norm")
+    first: Any = module[0]  # type: ignore[index]
+    outputs = []
+    for value in (0.0, 3.0):
+        first.bias.data.fill_(value)
+        adapted = inner_loop(module, *tasks[:2], 0.2, 2)
+        outputs.append(adapted(tasks[2]))
+        (gradient,) = torch.autograd.grad(outputs[-1].square().sum(), [first.bias])
+        assert torch.equal(gradient, torch.zeros_like(first.bias))
+        assert torch.equal(adapted.parameters["0.bias"], first.bias.expand(TASKS, -1))
+    assert torch.equal(*outputs)
+
+
 def test_a_loss_of_ones_own() -> None:
     module, tasks = make("blocks")
     leaves = list(module.parameters())
@@ -520,7 +610,7 @@ def test_a_loss_of_ones_own() -> None:
     assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "mlp of two kinds"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "mlp of two kinds", "chain"])
 def test_regression(name: str) -> None:
     module, (support_x, _, query_x, labels) = make(name)
     targets = torch.randn(TASKS, SUPPORT, WAYS, dtype=torch.float64)
@@ -535,9 +625,10 @@ def test_regression(name: str) -> None:
 
 
 @pytest.mark.parametrize("policy, training", [("frozen", True), ("frozen", False), ("running", False)])
-def test_normalised_by_running_statistics(policy: str, training: bool) -> None:
+@pytest.mark.parametrize("name", ["blocks", "chain"])
+def test_normalised_by_running_statistics(name: str, policy: str, training: bool) -> None:
     """Those of the layers, which stay as they are."""
-    module, tasks = make("blocks")
+    module, tasks = make(name)
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     for norm in norms:
         assert norm.running_mean is not None and norm.running_var is not None
@@ -575,6 +666,7 @@ class Normed(Branches):
 
 MODULES_WITH_RUNNING = {
     "mlp with batch norm": MODULES["mlp with batch norm"],
+    "chain": MODULES["chain"],
     "blocks": MODULES["blocks"],
     "Conv4": MODULES["Conv4"],
     "loop": (Normed, ROWS, "loop"),
@@ -728,9 +820,10 @@ def test_the_module_stays_as_it_is(name: str, training: bool) -> None:
     assert all(value.grad is None for value in module.parameters())
 
 
-def test_tasks_do_not_meet() -> None:
+@pytest.mark.parametrize("name", ["blocks", "chain"])
+def test_tasks_do_not_meet(name: str) -> None:
     """A task's outputs do not depend on the other tasks, though these are NaN."""
-    module, tasks = make("blocks")
+    module, tasks = make(name)
     whole = inner_loop(module, *tasks[:2], 0.2, 2)(tasks[2])
     tasks[0][0], tasks[0][2] = math.nan, math.nan
     alone = inner_loop(module, *tasks[:2], 0.2, 2)(tasks[2])
@@ -799,15 +892,28 @@ def test_outputs_of_several_tensors() -> None:
     assert torch.equal(outputs[1], 2 * outputs[0])
 
 
-def test_without_gradients_nothing_is_recorded() -> None:
-    module, tasks = make("blocks")
+@pytest.mark.parametrize("name", ["chain", "wide first layer"])
+def test_parameters_are_recorded_as_the_steps_were(name: str) -> None:
+    """Also where they are made, and seen first without gradients."""
+    module, tasks = make(name)
+    adapted = inner_loop(module, *tasks[:2], 0.2, 2)
+    with torch.no_grad():
+        assert all(value.requires_grad for value in adapted.parameters.values())
+    assert all(value.requires_grad for value in adapted.after(1).parameters.values())
+
+
+@pytest.mark.parametrize(
+    "name, bias", [("blocks", "3.bias"), ("chain", "8.bias"), ("wide first layer", "4.bias")]
+)
+def test_without_gradients_nothing_is_recorded(name: str, bias: str) -> None:
+    module, tasks = make(name)
     expected = inner_loop(module, *tasks[:2], 0.2, 2)(tasks[2])
     for recompute in (False, True):
         with torch.no_grad():
             adapted = inner_loop(module, *tasks[:2], 0.2, 2, recompute=recompute)
             out = adapted(tasks[2])
         assert not out.requires_grad
-        assert torch.equal(adapted.after(2).parameters["3.bias"], adapted.parameters["3.bias"])
+        assert torch.equal(adapted.after(2).parameters[bias], adapted.parameters[bias])
         with pytest.raises(ValueError, match="without gradients the parameters of step 2 alone are kept"):
             adapted.after(1)
         assert all(not value.requires_grad for value in adapted.parameters.values())
@@ -815,14 +921,17 @@ def test_without_gradients_nothing_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("wide", [False, True])
-def test_finite_differences(recompute: bool, wide: bool) -> None:
+@pytest.mark.parametrize("kind", ["blocks", "wide", "chain"])
+def test_finite_differences(recompute: bool, kind: str) -> None:
     """First and second derivatives of the whole, third ones of the support loss."""
-    if wide:
+    if kind == "wide":
         module = nn.Sequential(
-            nn.Flatten(), nn.Linear(16, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, WAYS)
+            nn.Flatten(), nn.Linear(16, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, WAYS)
         )
         assert first_layer(module, torch.empty(2, 4, 1, 4, 4)) is not None
+    elif kind == "chain":
+        module = MLP((16, 24, 20, WAYS), "tanh", batch_norm=True)
+        assert layers_of(module.double(), torch.empty(2, 4, 1, 4, 4, dtype=torch.float64)) is not None
     else:
         module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh(), *head(32))
     module = module.double()
@@ -836,7 +945,7 @@ def test_finite_differences(recompute: bool, wide: bool) -> None:
 
     leaves = [x.clone(), torch.tensor([0.3, 0.2], dtype=torch.float64), *module.parameters()]
     inputs = [value.detach().clone().requires_grad_() for value in leaves]
-    assert gradcheck(function, inputs, fast_mode=wide or recompute)
+    assert gradcheck(function, inputs, fast_mode=kind != "blocks" or recompute)
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
@@ -921,7 +1030,7 @@ def test_recomputation_keeps_less() -> None:
     assert again[1] - again[0] < 0.2 * (plain[1] - plain[0])
 
 
-@pytest.mark.parametrize("name", ["mlp", "wide first layer", "blocks", "layer norm"])
+@pytest.mark.parametrize("name", ["mlp", "chain", "wide first layer", "blocks"])
 def test_compiles_whole(name: str) -> None:
     """A meta-step as one graph, with the gradients of the eager one."""
     module, tasks = make(name)
