@@ -182,4 +182,26 @@ inline void check_ridge_upstream(const Tensor& grad, const Tensor& support, cons
   check(factor, "factor", {T, n, n});
 }
 
+// What both operators of matching networks are given.
+inline void check_matching(const Tensor& support, const Tensor& labels, const Tensor& query,
+                           const std::optional<Tensor>& scale, int64_t num_classes) {
+  check_labels(labels, "labels", support);
+  check_ridge(support, labels, query, num_classes);
+  check_per_task(scale, "scale", support);
+}
+
+// The gradient of the logarithms, and what was saved for their backward.
+inline void check_matching_upstream(const Tensor& grad, const Tensor& support, const Tensor& query,
+                                    const Tensor& log_probs, const Tensor& totals, const Tensor& cosines) {
+  const int64_t T = query.size(0), n = support.size(1), m = query.size(1), C = grad.size(2);
+  const auto check = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+    check_like(tensor, name, query, "query");
+    check_shape(tensor, name, shape);
+  };
+  check(grad, "grad", {T, m, C});
+  check(log_probs, "log_probs", {T, m, C});
+  check(totals, "totals", {T, m});
+  check(cosines, "cosines", {T, n, m});
+}
+
 }  // namespace metafast

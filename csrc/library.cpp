@@ -45,6 +45,16 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "Tensor? scale, float fixed_regularisation, float fixed_scale, Tensor weight, Tensor alpha, Tensor factor) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // support [T, n, d], labels [T, n], query [T, m, d]; scale [T], or None for the number after it -> log_probs [T, m, C];
+  // and for the backward the logarithms of the sums of all rows [T, m], and cosines [T, n, m]
+  m.def(
+      "matching_log_probs(Tensor support, Tensor labels, Tensor query, Tensor? scale, float fixed_scale, float eps, "
+      "int num_classes) -> (Tensor, Tensor, Tensor)");
+  // The gradients for support, query and scale.
+  m.def(
+      "matching_log_probs_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor? scale, "
+      "float fixed_scale, float eps, Tensor log_probs, Tensor totals, Tensor cosines) -> (Tensor, Tensor, Tensor)");
+
   // x [T, n, C, H, W] in this order in memory or with the channels last; weight, bias and, where given, mean and var
   // [T, C] in float32 or float64 -> y, the statistics ([T, 0] if given), and which pixel of each window was chosen
   m.def(

@@ -8,6 +8,7 @@ from metafast.distance import cdist, pairwise_distance
 from metafast.inner_loop import Adapted, inner_loop
 from metafast.inner_update import sgd_update
 from metafast.linear_head import adapt_linear, adapted_logits
+from metafast.matching import matching_log_probs
 from metafast.memory import predicted_memory
 from metafast.mlp import adapt_mlp, adapted_mlp
 from metafast.norm_relu_pool import norm_relu_pool
@@ -37,6 +38,7 @@ __all__ = [
     "fit",
     "inner_loop",
     "learners",
+    "matching_log_probs",
     "norm_relu_pool",
     "pairwise_distance",
     "predicted_memory",

@@ -84,6 +84,10 @@ class Dual:
             return Dual(p)
         return Dual(p, p * (self.tangent - (p * self.tangent).sum(dim, keepdim=True)))
 
+    def exp(self) -> Dual:
+        e = self.value.exp()
+        return Dual(e, None if self.tangent is None else e * self.tangent)
+
     def tanh(self) -> Dual:
         h = self.value.tanh()
         return Dual(h, None if self.tangent is None else (1 - h * h) * self.tangent)

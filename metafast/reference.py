@@ -222,6 +222,32 @@ def adapted_logits(
     return logits if adapted_bias is None else logits + adapted_bias.unsqueeze(-2)
 
 
+def matching_log_probs(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    num_classes: int,
+    eps: float = COSINE_EPS,
+) -> Tensor:
+    """``log sum_{i: y_i = c} exp(s a_ij) - log sum_i exp(s a_ij)`` with the cosines a: ``[..., m, C]``.
+
+    Half inputs are promoted to float32.
+    """
+    if support.dtype in (torch.bfloat16, torch.float16):
+        support, query = support.float(), query.float()
+    lengths = torch.linalg.vector_norm(query, dim=-1, keepdim=True) @ (
+        torch.linalg.vector_norm(support, dim=-1, keepdim=True).mT
+    )
+    scores = query @ support.mT / lengths.clamp(min=eps)
+    scores = scores * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
+    scores = scores + nan_where_invalid(labels, num_classes, support)
+    others = ~one_hot(labels, num_classes).unsqueeze(-3)
+    of_class = scores.unsqueeze(-1).masked_fill(others, -torch.inf).logsumexp(-2)
+    return of_class - scores.logsumexp(-1, keepdim=True)
+
+
 def ridge_logits(
     support: Tensor,
     labels: Tensor,

@@ -516,8 +516,10 @@ def test_wrong_rows() -> None:
         utils.matching_loss(support, labels.int(), query, answers, 4)
     with pytest.raises(ValueError, match="targets: expected size 10"):
         utils.matching_loss(support, labels[:, :3], query, answers, 4)
-    with pytest.raises(RuntimeError, match=r"index \d+ is out of bounds"):
+    with pytest.raises(ValueError, match="expected class numbers from 0 to 3, got "):
         utils.matching_loss(support, labels + 9, query, answers, 4)
+    with pytest.raises(ValueError, match="test_embeddings: expected"):
+        utils.matching_loss(support, labels, query[0, 0], answers, 4)
 
 
 # Ridge regression.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
-from metafast import conv_block, inner_update, linear_head, mlp, prototype, ridge
+from metafast import conv_block, inner_update, linear_head, matching, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 from tests.cases import (
@@ -43,6 +43,8 @@ OPERATORS = (
     prototype.LOSS_VJP,
     linear_head.HEAD,
     linear_head.HEAD_VJP,
+    matching.MATCHING,
+    matching.MATCHING_VJP,
     ridge.RIDGE,
     ridge.RIDGE_VJP,
     mlp.LOOP,
@@ -205,7 +207,7 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
-from metafast import conv_block, linear_head, mlp, prototype, ridge
+from metafast import conv_block, linear_head, matching, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 
@@ -229,6 +231,8 @@ calls = {
     linear_head.HEAD_VJP: (
         square, None, None, x, labels, x, x, None, None, None, 0.1, 1, 0, 0.0, 0.0, False, False, x, x[:, :0],
     ),
+    matching.MATCHING: (x, labels, x, one, 1.0, 1e-8, 2),
+    matching.MATCHING_VJP: (square, x, labels, x, one, 1.0, 1e-8, square, labels.double(), square),
     ridge.RIDGE: (x, labels, x, one, None, None, 1.0, 1.0, 0.0, 2),
     ridge.RIDGE_VJP: (square, x, labels, x, one, None, 1.0, 1.0, x, square, square),
     mlp.LOOP: (x, x, x, *net),

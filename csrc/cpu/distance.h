@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <optional>
 
 #include "check.h"
 #include "cpu/large_pages.h"
@@ -49,6 +50,21 @@ struct PerRow {
 
   PerRow(int64_t tasks, int64_t rows_) : values(tasks * rows_), rows(rows_) {}
   A* of(int64_t t) const { return values.get() + t * rows; }
+};
+
+// A number for each task, or one for all.
+template <class A>
+struct PerTask {
+  std::optional<Tensor> tensor;
+  const A* values;
+  A fixed;
+
+  PerTask(const std::optional<Tensor>& any, double number)
+      : tensor(any ? std::optional<Tensor>(dense(*any)) : std::nullopt),
+        values(tensor ? tensor->template const_data_ptr<A>() : nullptr),
+        fixed(static_cast<A>(number)) {}
+
+  A operator[](int64_t t) const { return values ? values[t] : fixed; }
 };
 
 // The squared norm of every row, where a metric needs them: made by a stage of the tasks' work.

@@ -19,46 +19,6 @@
 namespace metafast {
 namespace {
 
-// One over the number of rows of each class (0 for none).
-template <class A>
-struct Counts : Labels {
-  std::vector<int64_t> count;    // [T, C]
-  std::vector<A> inverse_count;  // [T, C]
-
-  Counts(const Tensor& any, const char* name, int64_t num_classes_)
-      : Labels(any, name, num_classes_), count(tasks * num_classes), inverse_count(tasks * num_classes) {
-    for (int64_t t = 0; t < tasks; ++t) {
-      for (int64_t i = 0; i < n; ++i) ++count[t * num_classes + of(t)[i]];
-    }
-    for (size_t k = 0; k < count.size(); ++k) inverse_count[k] = count[k] > 0 ? A(1) / static_cast<A>(count[k]) : A(0);
-  }
-
-  const A* inverse(int64_t t) const { return inverse_count.data() + t * num_classes; }
-};
-
-// The rows of each class in their order.
-template <class A>
-struct Classes : Counts<A> {
-  std::vector<int64_t> order;    // [T, n]
-  std::vector<int64_t> offsets;  // [T, C + 1]
-
-  Classes(const Tensor& any, const char* name, int64_t num_classes_)
-      : Counts<A>(any, name, num_classes_),
-        order(this->tasks * this->n),
-        offsets(this->tasks * (this->num_classes + 1)) {
-    const int64_t C = this->num_classes;
-    std::vector<int64_t> next(C);
-    for (int64_t t = 0; t < this->tasks; ++t) {
-      int64_t* first = offsets.data() + t * (C + 1);
-      for (int64_t c = 0; c < C; ++c) {
-        next[c] = first[c];
-        first[c + 1] = first[c] + this->count[t * C + c];
-      }
-      for (int64_t i = 0; i < this->n; ++i) order[t * this->n + next[this->of(t)[i]]++] = i;
-    }
-  }
-};
-
 // The stage that makes the class means.
 template <class S>
 auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes, Rows<S> out, int64_t d,
@@ -67,8 +27,7 @@ auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes
   const int64_t n = classes.n, C = classes.num_classes;
   return Stage{chunks.count, (n + C) * chunks.size, [=, &classes, &chunks](int64_t t, int64_t chunk) {
                  const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-                 kernel(features, classes.order.data() + t * n, classes.offsets.data() + t * (C + 1),
-                        classes.inverse(t), out, t, C, first, last);
+                 kernel(features, classes.order_of(t), classes.offsets_of(t), classes.inverse(t), out, t, C, first, last);
                }};
 }
 

@@ -36,21 +36,6 @@ void targets(const Tensor& labels, int64_t t, int64_t n, int64_t num_classes, A*
   for (int64_t i = 0; i < n; ++i) to[i * classes + numbers[i]] = A(1);
 }
 
-// A number for each task, or one for all.
-template <class A>
-struct PerTask {
-  std::optional<Tensor> tensor;
-  const A* values;
-  A fixed;
-
-  PerTask(const std::optional<Tensor>& any, double number)
-      : tensor(any ? std::optional<Tensor>(dense(*any)) : std::nullopt),
-        values(tensor ? tensor->template const_data_ptr<A>() : nullptr),
-        fixed(static_cast<A>(number)) {}
-
-  A operator[](int64_t t) const { return values ? values[t] : fixed; }
-};
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_any, const Tensor& labels_any,
                                                         const Tensor& query_any,
                                                         const std::optional<Tensor>& regularisation,

@@ -14,19 +14,13 @@ namespace {
 
 using cuda::Combination;
 using cuda::fixed_scale;
+using cuda::per_task;
 using cuda::RowProducts;
 using cuda::Scale;
 using cuda::Scratch;
 using cuda::WideRows;
 using cuda::WorkingMemory;
 using torch::stable::new_empty;
-
-// A number for each task, or one for all.
-template <class A>
-Scale<A> per_task(const std::optional<Tensor>& any, double number) {
-  if (!any) return fixed_scale(static_cast<A>(number));
-  return {any->const_data_ptr<A>(), any->stride(0), 0, A(0)};
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ridge_logits(const Tensor& support_any, const Tensor& labels_any,
                                                         const Tensor& query_any,

@@ -77,4 +77,11 @@ class GroupSums {
   Scratch<A> own_;
 };
 
+// A number for each task, or one for all.
+template <class A>
+Scale<A> per_task(const std::optional<Tensor>& any, double number) {
+  if (!any) return fixed_scale(static_cast<A>(number));
+  return {any->const_data_ptr<A>(), any->stride(0), 0, A(0)};
+}
+
 }  // namespace metafast::cuda

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from metafast import _check
 from metafast.data import Episodes
-from metafast.distance import pairwise_distance
 from metafast.learners._base import EncoderLearner, classified, require_classes
 from metafast.learners.outcome import Outcome
+from metafast.matching import matching_log_probs
 
 #: Of the fixed order in which support rows are read.
 ORDER_SEED = 0
@@ -74,9 +73,10 @@ class MatchingNet(EncoderLearner):
         support, query = self.embed(episodes)
         with torch.autocast(support.device.type, enabled=False):
             support, query = self._in_context(support, query)
-            cosines = 1 - pairwise_distance(query, support, "cosine")
-            logits = _label_log_probabilities(self.scale * cosines, episodes.support_y, episodes.ways)
-            return classified(logits, episodes.query_y)
+            rows = support, episodes.support_y, query
+            return classified(
+                matching_log_probs(*rows, self.scale, num_classes=episodes.ways), episodes.query_y
+            )
 
     def _in_context(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         if self.support_reader is None or self.query_reader is None:
@@ -101,10 +101,3 @@ class MatchingNet(EncoderLearner):
 
     def extra_repr(self) -> str:
         return f"scale={float(self.scale):.4g}, full_context={self.support_reader is not None}"
-
-
-def _label_log_probabilities(scores: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """``[T, m, C]``, of softmax ``scores [T, m, n]`` the logarithm of what the rows of each label ``[T, n]`` sum to."""
-    others = one_hot(labels, ways).unsqueeze(1) == 0
-    of_class = scores.unsqueeze(-1).masked_fill(others, -torch.inf).logsumexp(2)
-    return of_class - scores.logsumexp(-1, keepdim=True)

@@ -10,6 +10,7 @@ from torch.nn.functional import nll_loss
 
 from metafast import _check
 from metafast.compat import absent
+from metafast.matching import matching_log_probs
 
 __getattr__ = absent(__name__)
 
@@ -57,17 +58,15 @@ def matching_log_probas(
         ``[B, C, M]``; -inf for a class without support rows.
 
     Raises:
-        TypeError, ValueError: as :func:`pairwise_cosine_similarity` does, and for targets that are no int64.
-        RuntimeError: a class number outside 0 to C - 1.
+        TypeError, ValueError: wrong kinds, shapes or class numbers; see :func:`metafast.matching_log_probs`.
     """
+    _check.features(embeddings, "embeddings", "[B, N, D]")
+    _check.features(test_embeddings, "test_embeddings", "[B, M, D]")
     _check.class_labels(targets, "targets")
     _check.same_size(targets, -1, "targets", embeddings, -2, "embeddings")
-    # Similarities lie between -1 and 1: nothing overflows, nor vanishes.
-    shares = pairwise_cosine_similarity(test_embeddings, embeddings, eps).exp()
-    sums = shares.new_zeros(*shares.shape[:-1], num_classes)
-    sums = sums.scatter_add(-1, targets.unsqueeze(-2).expand_as(shares), shares)
-    # No log_softmax, whose second derivative mixes a class without rows with the others.
-    return (sums.log() - sums.sum(-1, keepdim=True).log()).mT
+    rows = embeddings, targets, test_embeddings
+    log_probs = matching_log_probs(*rows, num_classes=num_classes, eps=eps)
+    return log_probs.mT.to(embeddings.dtype)
 
 
 def matching_probas(
