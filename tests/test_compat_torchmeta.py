@@ -467,6 +467,8 @@ def test_matching(dtype: torch.dtype, eps: float) -> None:
     torch.testing.assert_close(
         utils.matching_probas(support, labels, query, 5, eps).sum(1), torch.ones(3, 7, dtype=dtype)
     )
+    each = utils.matching_loss(support, labels, query, answers, 5, eps, reduction="none")
+    assert torch.equal(each, -shares.gather(1, answers.unsqueeze(1)).squeeze(1))
     for options in ({}, {"reduction": "sum", "weight": torch.arange(1, 6).to(dtype)}):
         loss = utils.matching_loss(support, labels, query, answers, 5, eps, **options)
         # Of the classes that there are: the infinities of another have no derivative in the formula's parts.
@@ -518,6 +520,8 @@ def test_wrong_rows() -> None:
         utils.matching_loss(support, labels[:, :3], query, answers, 4)
     with pytest.raises(ValueError, match="expected class numbers from 0 to 3, got "):
         utils.matching_loss(support, labels + 9, query, answers, 4)
+    with pytest.raises(ValueError, match=r"test_targets: expected shape \[3, 7\], got \[7, 3\]"):
+        utils.matching_loss(support, labels, query, answers.mT, 4)
     with pytest.raises(ValueError, match="test_embeddings: expected"):
         utils.matching_loss(support, labels, query[0, 0], answers, 4)
 

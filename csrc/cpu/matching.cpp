@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kQueries = 64;
 constexpr int64_t kVectorNumbers = 16;  // of the widest vectors
+// Above, an inner product is long enough to be summed in vectors of features; below, vectors run over query rows.
+constexpr int64_t kFewFeatures = 256;
 
 int64_t blocks_of(int64_t m) { return (m + kQueries - 1) / kQueries; }
 
@@ -49,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> matching_log_probs(const Tensor& support_any,
     using A = typename decltype(dtype)::type;
     auto* turned = METAFAST_KERNEL(turned_rows<A>);
     auto* combine = METAFAST_KERNEL(combine_rows<A, 1>);
+    auto* multiply = METAFAST_KERNEL(row_products<A>);
     auto* finish = METAFAST_KERNEL(matching_rows<A>);
     const Classes<A> classes(labels_any, "labels", C);
     const PerTask<A> scales(scale, fixed_scale);
@@ -58,12 +61,16 @@ std::tuple<Tensor, Tensor, Tensor> matching_log_probs(const Tensor& support_any,
     A* products = cosines.template mutable_data_ptr<A>();
     const auto rows = [&](int64_t t, int64_t block) {
       const int64_t first = block * kQueries, count = std::min(kQueries, m - first);
-      const Scratch<A> columns(d * kQueries), scratch(C * kVectorNumbers);
-      turned(rows_query, t, first, first + count, d, columns.get(), kQueries);
-      const Terms<A> terms[1] = {
-          {rows_support.row(t, 0), rows_support.row_stride, 1, columns.get(), kQueries, d}};
+      const Scratch<A> columns(d > kFewFeatures ? 0 : d * kQueries), scratch(C * kVectorNumbers);
       A* own = products + t * n * m + first;
-      combine(terms, A(1), nullptr, 0, nullptr, own, m, n, 0, count);
+      if (d > kFewFeatures) {
+        const Rows<const A> others{rows_query.row(t, first), 0, rows_query.row_stride};
+        multiply(rows_support, others, t, 0, 0, n, count, d, A(1), A(0), nullptr, own, m, 1);
+      } else {
+        turned(rows_query, t, first, first + count, d, columns.get(), kQueries);
+        const Terms<A> terms[1] = {{rows_support.row(t, 0), rows_support.row_stride, 1, columns.get(), kQueries, d}};
+        combine(terms, A(1), nullptr, 0, nullptr, own, m, n, 0, count);
+      }
       finish(lengths.of(t), query_lengths.of(t) + first, classes.order_of(t), classes.offsets_of(t), scales[t],
              static_cast<A>(eps), count, C, own, m, out + (t * m + first) * C, sums + t * m + first, scratch.get());
     };

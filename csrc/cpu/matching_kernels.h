@@ -116,8 +116,7 @@ void matching_part(const A* slopes, const A* cosines, A length, const A* query_l
 // to [d, stride]: rows begin..end of x as its columns.
 template <class A>
 void turned_rows(Rows<const A> x, int64_t t, int64_t begin, int64_t end, int64_t d, A* to, int64_t stride) {
-  for (int64_t i = begin; i < end; ++i) {
-    const A* row = x.row(t, i);
-    for (int64_t k = 0; k < d; ++k) to[k * stride + i - begin] = row[k];
+  for (int64_t k = 0; k < d; ++k) {
+    for (int64_t i = begin; i < end; ++i) to[k * stride + i - begin] = x.row(t, i)[k];
   }
 }

@@ -27,7 +27,8 @@ auto means_stage(Rows<const S> features, const Classes<accumulate_t<S>>& classes
   const int64_t n = classes.n, C = classes.num_classes;
   return Stage{chunks.count, (n + C) * chunks.size, [=, &classes, &chunks](int64_t t, int64_t chunk) {
                  const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, d);
-                 kernel(features, classes.order_of(t), classes.offsets_of(t), classes.inverse(t), out, t, C, first, last);
+                 kernel(features, classes.order_of(t), classes.offsets_of(t), classes.inverse(t), out, t, C, first,
+                        last);
                }};
 }
 

@@ -45,8 +45,13 @@ std::tuple<Tensor, Tensor, Tensor> matching_log_probs(const Tensor& support_any,
     using A = typename decltype(dtype)::type;
     const auto squares = squares_of<A>(support, stream), query_squares = squares_of<A>(query, stream);
     const RowProducts<A> products(support, cuda::input_wide<A>(query), T, n, m, d, stream);
-    const Matching<A> of{squares.data(),           query_squares.data(),  labels.view(),
-                         cuda::per_task<A>(scale, fixed), static_cast<A>(eps), m, C};
+    const Matching<A> of{squares.data(),
+                         query_squares.data(),
+                         labels.view(),
+                         cuda::per_task<A>(scale, fixed),
+                         static_cast<A>(eps),
+                         m,
+                         C};
     cuda::launch_matching<A>(products.products(), of, log_probs.template mutable_data_ptr<A>(),
                              totals.template mutable_data_ptr<A>(), cosines.template mutable_data_ptr<A>(), stream);
   });
@@ -75,9 +80,15 @@ std::tuple<Tensor, Tensor, Tensor> matching_log_probs_vjp(const Tensor& grad_any
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
     const auto squares = squares_of<A>(support, stream), query_squares = squares_of<A>(query, stream);
-    const Matching<A> of{squares.data(),           query_squares.data(),  labels.view(),
-                         cuda::per_task<A>(scale, fixed), static_cast<A>(eps), m, C};
-    const Scratch<A> slopes(query, T * n * m), parts(query, T * n), query_parts(query, T * m), scale_parts(query, T * m);
+    const Matching<A> of{squares.data(),
+                         query_squares.data(),
+                         labels.view(),
+                         cuda::per_task<A>(scale, fixed),
+                         static_cast<A>(eps),
+                         m,
+                         C};
+    const Scratch<A> slopes(query, T * n * m), parts(query, T * n), query_parts(query, T * m),
+        scale_parts(query, T * m);
     const A* angles = cosines.template const_data_ptr<A>();
     cuda::launch_matching_slopes<A>(grad.template const_data_ptr<A>(), log_probs.template const_data_ptr<A>(),
                                     totals.template const_data_ptr<A>(), angles, of, slopes.data(), query_parts.data(),

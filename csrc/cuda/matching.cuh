@@ -120,9 +120,8 @@ void launch_matching(const Products<A>& products, const Matching<A>& of, A* log_
 }
 
 template <class A>
-void launch_matching_slopes(const A* grad, const A* log_probs, const A* totals, const A* cosines,
-                            const Matching<A>& of, A* slopes, A* query_parts, A* scale_parts, int64_t tasks,
-                            Stream stream) {
+void launch_matching_slopes(const A* grad, const A* log_probs, const A* totals, const A* cosines, const Matching<A>& of,
+                            A* slopes, A* query_parts, A* scale_parts, int64_t tasks, Stream stream) {
   const int64_t blocks = ceil_div(of.m, kThreads);
   const unsigned grid = grid_size(tasks * blocks);
   if (grid == 0) return;

@@ -94,8 +94,15 @@ def matching_loss(
         eps: see :func:`pairwise_cosine_similarity`.
         kwargs: for torch's ``nll_loss``.
     """
-    log_probas = matching_log_probas(train_embeddings, train_targets, test_embeddings, num_classes, eps)
-    return nll_loss(log_probas, test_targets, **kwargs)
+    log_probas = matching_log_probas(train_embeddings, train_targets, test_embeddings, num_classes, eps).mT
+    _check.class_labels(test_targets, "test_targets")
+    if test_targets.shape != log_probas.shape[:-1]:
+        raise ValueError(
+            f"test_targets: expected shape {list(log_probas.shape[:-1])}, got {list(test_targets.shape)}"
+        )
+    # As one row for each query torch's loss takes fewer passes.
+    loss = nll_loss(log_probas.flatten(0, -2), test_targets.flatten(), **kwargs)
+    return loss.reshape(test_targets.shape) if loss.dim() else loss
 
 
 def _lengths(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
