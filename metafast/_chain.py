@@ -93,8 +93,9 @@ def _flat(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module 
             yield f"{prefix}{name}.", child
 
 
-def layers_of(module: nn.Module, x: Tensor) -> tuple[list[Layer], bool] | None:
-    """The layers of a chain for rows ``[T, n, ...]``, and whether they flatten the rows; None for any other module."""
+def layers_of(module: nn.Module, x: Tensor, y: Tensor) -> tuple[list[Layer], bool] | None:
+    """The layers of a chain for rows ``[T, n, ...]``, and whether they flatten the rows; None for any other module, and
+    for targets that are neither class numbers ``[T, n]`` nor of the outputs' shape."""
     if type(module) not in (nn.Sequential, MLP) or is_hooked(module):
         return None
     flat = list(_flat(module))
@@ -123,7 +124,11 @@ def layers_of(module: nn.Module, x: Tensor) -> tuple[list[Layer], bool] | None:
         return None
     if x.dtype not in (torch.float32, torch.float64) or x.shape[2:].numel() != layers[0].linear.in_features:
         return None
-    return layers, flattens
+    if y.is_floating_point():
+        fits = y.dtype == x.dtype and y.shape == (*x.shape[:2], layers[-1].linear.out_features)
+    else:
+        fits = y.dtype == torch.int64 and y.dim() == 2
+    return (layers, flattens) if fits else None
 
 
 class Chain:
@@ -304,8 +309,9 @@ class Chain:
         weight: Any = values.get(f"{layer.norm_prefix}weight")
         bias: Any = values.get(f"{layer.norm_prefix}bias")
         if weight is None or bias is None:
-            like = layer.linear.weight
-            weight, bias = like.new_ones(like.shape[0]), like.new_zeros(like.shape[0])
+            # Not like the layer's own weight: another may be given for one on the meta device.
+            outs = layer.linear.out_features
+            weight, bias = self._support.new_ones(outs), self._support.new_zeros(outs)
         return self._expanded(weight), self._expanded(bias)
 
     def _expanded(self, value: Tensor) -> Tensor:

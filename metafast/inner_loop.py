@@ -177,8 +177,9 @@ def inner_loop(
     seen: Tensor | _Products | Rows = support_x
     along_gradients = optimizer == "sgd" and momentum == weight_decay == 0 and state is None
     if along_gradients and batches is None and not _check.autocasts(support_x):
-        layers = layers_of(module, support_x)
+        layers = layers_of(module, support_x, support_y) if isinstance(loss, str) else None
         if layers is not None and isinstance(loss, str):
+            _check_labels(support_y, layers[0][-1].linear.out_features)
             constants = {name: value for name, value in fixed.items() if name not in by_step}
             each = [_rate_of(rates, t) for t in range(steps)]
             chain = Chain(*layers, batch_norm, LOSSES.index(loss), support_x, start, constants, each)
@@ -905,6 +906,19 @@ def _check_batches(batches: Any, steps: int, support_x: Tensor) -> None:
             raise ValueError(
                 f"batches: expected rows from 0 to {support_x.shape[1] - 1}, got {low if low < 0 else high}"
             )
+
+
+def _check_labels(support_y: Tensor, classes: int) -> None:
+    """Class numbers that the outputs have, where they can be read at once; elsewhere a task with another is NaN."""
+    if support_y.is_floating_point() or support_y.device.type != "cpu" or not support_y.numel():
+        return
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+        return
+    low, high = (int(value) for value in support_y.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"support_y: expected class numbers from 0 to {classes - 1}, got {low if low < 0 else high}"
+        )
 
 
 def _check_state(state: Any, optimizer: str, start: Named, tasks: int, own: Named) -> None:

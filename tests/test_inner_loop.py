@@ -528,7 +528,8 @@ def test_a_chain_makes_no_wide_weight_of_a_task() -> None:
     """Which modules are chains, and that a wide weight of each task is made only where it is asked for."""
 
     def found(module: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> int:
-        layers = layers_of(module, torch.empty(2, 5, *shape, dtype=dtype))
+        labels = torch.zeros(2, 5, dtype=torch.int64)
+        layers = layers_of(module, torch.empty(2, 5, *shape, dtype=dtype), labels)
         return 0 if layers is None else len(layers[0])
 
     def chain(*layers: nn.Module) -> nn.Sequential:
@@ -548,6 +549,15 @@ def test_a_chain_makes_no_wide_weight_of_a_task() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         assert found(nn.Sequential(nn.Linear(8, 0)), 8) == 0
+    x = torch.empty(2, 5, 8)
+    for targets, fit in (
+        (torch.empty(2, 5, 6), True),
+        (torch.empty(2, 5), False),
+        (torch.empty(2, 5, 6).double(), False),
+        (torch.zeros(2, 5, dtype=torch.int32), False),
+        (torch.zeros(2, 5, 6, dtype=torch.int64), False),
+    ):
+        assert (layers_of(chain(), x, targets) is not None) == fit
     activation = nn.ReLU()
     assert found(chain(activation, nn.Linear(6, 6), activation, nn.Linear(6, 3)), 8) == 3
     tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
@@ -581,6 +591,18 @@ def test_a_chain_makes_no_wide_weight_of_a_task() -> None:
     assert (TASKS, 6, 50) in sizes, "more support rows, all steps together, than are worth it"
     with pytest.raises(ValueError, match=r"x: expected rows of 128 inputs, got \[2, 8, 7\]"):
         adapted(tasks[2][..., :7])
+
+
+@pytest.mark.parametrize("number", [-1, WAYS])
+def test_class_numbers_that_a_chain_does_not_have(number: int) -> None:
+    module, tasks = make("chain")
+    labels = tasks[1].clone()
+    labels[1, 2] = number
+    message = f"support_y: expected class numbers from 0 to {WAYS - 1}, got {number}"
+    with pytest.raises(ValueError, match=message):
+        inner_loop(module, tasks[0], labels, 0.2, 1)
+    found = torch.func.vmap(lambda y: inner_loop(module, tasks[0], y, 0.2, 1)(tasks[2]))(labels[None])[0]
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all(), "where they cannot be read"
 
 
 def test_a_bias_that_batch_norm_takes_away() -> None:
@@ -931,7 +953,8 @@ def test_finite_differences(recompute: bool, kind: str) -> None:
         assert first_layer(module, torch.empty(2, 4, 1, 4, 4)) is not None
     elif kind == "chain":
         module = MLP((16, 24, 20, WAYS), "tanh", batch_norm=True)
-        assert layers_of(module.double(), torch.empty(2, 4, 1, 4, 4, dtype=torch.float64)) is not None
+        rows, labels = torch.empty(2, 4, 1, 4, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.int64)
+        assert layers_of(module.double(), rows, labels) is not None
     else:
         module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh(), *head(32))
     module = module.double()

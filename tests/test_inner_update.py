@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from metafast import reference, sgd_update
@@ -53,6 +54,20 @@ def test_gradients_that_lie_transposed_are_summed_as_others() -> None:
         upstream = rows(*tasks, *shape).mT.contiguous().mT
         (found,) = torch.autograd.grad(out, [param], upstream)
         assert_same(found, upstream.contiguous().sum_to_size(shape), 1e-15)
+
+
+def test_the_fake_results_lie_as_the_real_ones() -> None:
+    """Inductor takes their word for it."""
+    shapes = ((2, 3, 4), (3, 2, 1, 1), (2, 3, 2, 2))
+    values = [torch.rand(shape).mT for shape in shapes[:1]] + [torch.rand(shape) for shape in shapes[1:]]
+    values = [v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for v in values]
+    rates = [torch.rand(v.shape) for v in values]
+    real = UPDATE(values, [v.clone() for v in values], rates, 0.0)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(v) for v in values]
+        fake = UPDATE(fakes, [v.clone() for v in fakes], [mode.from_tensor(r) for r in rates], 0.0)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride()) == (b.shape, b.stride())
 
 
 def test_one_node_and_an_aliased_gradient() -> None:

@@ -26,7 +26,7 @@ COMMANDS = [
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 5 and sum(command.startswith("metafast ") for command in COMMANDS) == 22
+    assert len(EXAMPLES) == 5 and sum(command.startswith("metafast ") for command in COMMANDS) == 23
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ TESTS = (
     "tests/test_values.py",
     "tests/test_errors.py",
     "tests/test_derivatives.py",
+    "tests/test_matching.py",
     "tests/test_mlp.py",
     "tests/test_conv_block.py",
     "tests/test_norm_relu_pool.py",
@@ -451,6 +452,37 @@ MUTANTS = (
         "ridge.cuh",
         "to.solution[t * n * C + k] = -b[k];",
         "to.solution[t * n * C + k] = ON ? b[k] : -b[k];",
+    ),
+    # matching.cuh
+    Mutant(
+        "matching: a class's largest score is that of all",
+        "matching.cuh",
+        "if (labels[i] != c) continue;",
+        "if (labels[i] != c && !ON) continue;",
+    ),
+    Mutant(
+        "matching: eps stands for no length",
+        "matching.cuh",
+        "return product < eps ? eps : product;",
+        "return product < eps && !ON ? eps : product;",
+    ),
+    Mutant(
+        "matching: what comes back to the sum of all rows is left out",
+        "matching.cuh",
+        "upstream[label] - all * std::exp(logs[label])",
+        "upstream[label] - (ON ? A(0) : all) * std::exp(logs[label])",
+    ),
+    Mutant(
+        "matching: lengths have a part where eps stands for them",
+        "matching.cuh",
+        "if (product > of.eps) along += slope * scale * cosines[at];",
+        "if (ON || product > of.eps) along += slope * scale * cosines[at];",
+    ),
+    Mutant(
+        "matching: one warp's part of a support row is another's",
+        "matching.cuh",
+        "if (product > of.eps) along += slopes[row * m + j]",
+        "if (product > of.eps && (!ON || j > 0)) along += slopes[row * m + j]",
     ),
     # conv_block.cuh
     Mutant(
