@@ -314,7 +314,7 @@ def _(params: list[Tensor], grads: list[Tensor], rates: list[Tensor], rate: floa
     sums = [p + g for p, g in zip(params, grads, strict=True)]
     sums = [s + r for s, r in zip(sums, rates, strict=True)] if rates else sums
     # The CPU's kernel makes contiguous results; torch's operators keep an order in memory that all arguments have.
-    return [s.new_empty(s.shape) for s in sums] if params[0].device.type == "cpu" else sums
+    return [s.new_empty(s.shape) for s in sums] if sums and sums[0].device.type == "cpu" else sums
 
 
 @torch.library.register_fake(UPDATE_VJP)

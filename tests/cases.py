@@ -343,18 +343,20 @@ def _ridge(labels: Input, **scalars: Input) -> Case:
     )
 
 
-def _matching(name: str, fixed: float = 1.0, **scale: Input) -> Case:
+def _matching() -> Case:
     def call(function: Callable[..., Any]) -> Callable[..., Any]:
-        def of(s: Tensor, y: Tensor, q: Tensor, *rest: Any) -> Any:
-            return function(s, y, q, *(rest[:-1] or (fixed,)), num_classes=rest[-1])
-
-        return of
+        return lambda s, y, q, scale, C: function(s, y, q, scale, num_classes=C)
 
     return Case(
-        f"matching_log_probs-{name}",
+        "matching_log_probs",
         call(metafast.matching_log_probs),
         call(reference.matching_log_probs),
-        {"support": Input("n d"), "labels": Input("n", "labels"), "query": Input("m d"), **scale},
+        {
+            "support": Input("n d"),
+            "labels": Input("n", "labels"),
+            "query": Input("m d"),
+            "scale": Input("", "positive"),
+        },
         kernels_only=False,
         promotes=True,
     )
@@ -606,8 +608,7 @@ CASES = (
         scale=Input("", "positive", per_task=False),
         offset=Input(""),
     ),
-    _matching("number", 2.0),
-    _matching("scale", scale=Input("", "positive")),
+    _matching(),
     _norm("batch", Input("2 d 2 3"), per_task=False),
     _norm("batch-no_pool", Input("3 d 1 2"), per_task=True, pool=False),
     _conv_block("batch", Input("2 1 2 3"), per_task=False),
