@@ -175,16 +175,20 @@ def inner_loop(
     first: _First | None = None
     chain: Chain | None = None
     seen: Tensor | _Products | Rows = support_x
+    constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
+    # What stands for wide weights has the rows in it, which are a part of the gradients.
+    rows_of_steps = support_x.detach() if constant == steps else support_x
+    mixed = 0 < constant < steps and support_x.requires_grad
     along_gradients = optimizer == "sgd" and momentum == weight_decay == 0 and state is None
-    if along_gradients and batches is None and not _check.autocasts(support_x):
+    if along_gradients and batches is None and not mixed and not _check.autocasts(support_x):
         layers = layers_of(module, support_x, support_y) if isinstance(loss, str) else None
         if layers is not None and isinstance(loss, str):
             _check_labels(support_y, layers[0][-1].linear.out_features)
             constants = {name: value for name, value in fixed.items() if name not in by_step}
             each = [_rate_of(rates, t) for t in range(steps)]
-            chain = Chain(*layers, batch_norm, LOSSES.index(loss), support_x, start, constants, each)
+            chain = Chain(*layers, batch_norm, LOSSES.index(loss), rows_of_steps, start, constants, each)
         elif steps:
-            first = _first(module, start, own, rates, support_x)
+            first = _first(module, start, own, rates, rows_of_steps)
     stacked: dict[str, Any] = start
     if chain is not None:
         seen = chain.of_support
@@ -199,7 +203,6 @@ def inner_loop(
     outer_loss = OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss
     function = _Function(module, fixed, by_step, outer_loss, batch_norm, first, chain)
     rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
-    constant = steps if first_order else 0 if truncate is None else max(0, steps - truncate)
     trace, begun = [stacked], 0 if state is None else state.steps
     slots: Any = {} if state is None else state.slots
     for t in range(steps):

@@ -384,6 +384,17 @@ def test_truncated(name: str, truncate: int) -> None:
     assert_same(outer(actual, tasks, leaves), expected, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["mlp", "chain", "wide first layer", "blocks"])
+@pytest.mark.parametrize("constant", [{}, {"first_order": True}, {"truncate": 1}, {"truncate": 0}], ids=str)
+def test_rows_that_require_gradients(name: str, constant: dict[str, Any]) -> None:
+    """Such as features: they are a part of the gradients that the steps follow, where these are no constants."""
+    module, tasks = make(name)
+    leaves = [tasks[0].requires_grad_(), tasks[2].requires_grad_(), *module.parameters()]
+    actual = inner_loop(module, *tasks[:2], 0.2, 2, **constant)(tasks[2])
+    expected = by_hand(module, tasks, 0.2, 2, **constant)
+    assert_same(outer(actual, tasks, leaves), outer(expected, tasks, leaves), 1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "adapt", "chosen"),
     [
