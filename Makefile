@@ -83,7 +83,7 @@ test-oldest: $(BUILT) $(OLDEST)
 # The kernels of csrc/cuda in the emulator; here they take 5 and 20 times as long, so large shapes and the other orders
 # of threads are left out.
 SANITIZED := tests/test_values.py tests/test_errors.py tests/test_linear_head.py tests/test_mlp.py tests/test_ridge.py \
-  tests/test_conv_block.py tests/test_norm_relu_pool.py \
+  tests/test_matching.py tests/test_conv_block.py tests/test_norm_relu_pool.py \
   -k "not test_large and not test_many and not same_bits and not emulated-reverse and not emulated-random \
   and (not test_every_option or (beyond and number and cross))"
 sanitize: $(BUILT)

@@ -24,6 +24,7 @@ TESTS = (
     "tests/test_emulated.py",
     "tests/test_linear_head.py",
     "tests/test_mlp.py",
+    "tests/test_matching.py",
     "tests/test_ridge.py",
     "tests/test_conv_block.py",
     "tests/test_norm_relu_pool.py",
