@@ -170,6 +170,9 @@ class Chain:
         self._first, self._initial = weights[0], None
         if self._first not in start or self._first in self._wide:
             self._initial = {**fixed, **start}.get(self._first)
+        # By the batch's mean nothing of a bias is left.
+        biases = [f"{layer.prefix}bias" for layer in layers if self._by_batch(layer)]
+        self._without_effect = [name for name in biases if name in start]
         self._support = support_x.flatten(2) if flattens else support_x
         self.of_support = self.rows(support_x)
 
@@ -181,6 +184,12 @@ class Chain:
         x = flat
         of_initial = None if self._initial is None else _product(x, self._initial.mT)
         return Rows(x, of_initial, x @ self._support.mT if self._first in self._wide else None)
+
+    def targets(self, y: Tensor) -> Tensor:
+        """What the outputs for the support rows are compared with, ``[T, n, out]``."""
+        like = self._support.new_empty(*self._support.shape[:2], self.layers[-1].linear.out_features)
+        found: Tensor = target(y, like)
+        return found
 
     def whole(self, own: Values) -> dict[str, Tensor]:
         """Each with the dimension of the tasks."""
@@ -202,14 +211,14 @@ class Chain:
     def step(
         self, own: Values, rate: Any, fixed: Values, rows: Rows, y: Tensor, record: bool
     ) -> tuple[dict[str, Tensor | Changed], Found]:
-        """The values after a step of gradient descent; without ``record`` its gradients are constants."""
+        """The values after a step of gradient descent; without ``record`` its gradients are constants.
+
+        ``y``: those of :meth:`targets`.
+        """
         with torch.set_grad_enabled(record):
             values = {**fixed, **own}
             calls, found = self._calls(values, rows)
-            out = calls[-1].after
-            grads, factors = self._gradients(
-                own, values, calls, loss_gradient(out, target(y, out), self.loss)
-            )
+            grads, factors = self._gradients(own, values, calls, loss_gradient(calls[-1].after, y, self.loss))
         moved: dict[str, Tensor | Changed] = {}
         for name, (x, grad) in factors.items():
             weight, slopes = own[name], grad * -(rate[name] if isinstance(rate, dict) else rate)
@@ -220,6 +229,11 @@ class Chain:
             else:
                 more = torch.cat((weight.rows, x), 1), torch.cat((weight.slopes, slopes), 1)
                 moved[name] = Changed(weight.initial, *more)
+        for name in self._without_effect:
+            # Such a bias stays; a rate that is a tensor, of it alone, has no other part in the graph.
+            bias: Any = own[name]
+            if isinstance(rate, dict) and isinstance(rate[name], Tensor):
+                grads[name] = bias.new_zeros(self.tasks, bias.shape[-1])
         others: Any = {name: own[name] for name in grads}
         rates = {name: rate[name] for name in grads} if isinstance(rate, dict) else rate
         return {**own, **moved, **sgd_update(others, grads, rates)}, found
@@ -275,9 +289,8 @@ class Chain:
             elif is_relu:
                 grad = grad.masked_fill(call.before <= 0, 0.0)
             weight = f"{layer.prefix}weight"
-            # By the batch's mean nothing of a bias is left.
-            of_bias = grad.new_zeros(self.tasks, grad.shape[-1]) if by_batch else grad.sum(1)
-            grads[f"{layer.prefix}bias"] = of_bias
+            if not by_batch:
+                grads[f"{layer.prefix}bias"] = grad.sum(1)
             if weight in self._wide:
                 factors[weight] = (call.x, grad)
             elif weight in own:

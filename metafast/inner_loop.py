@@ -191,7 +191,7 @@ def inner_loop(
             first = _first(module, start, own, rates, rows_of_steps)
     stacked: dict[str, Any] = start
     if chain is not None:
-        seen = chain.of_support
+        seen, support_y = chain.of_support, chain.targets(support_y)
     else:
         if first is not None:
             seen = first.of_support
@@ -439,7 +439,9 @@ class _Stacked(Adapted):
         if self._made is None:
             # Recorded as the steps were, whoever asks first.
             with torch.set_grad_enabled(self._records):
-                self._made = self._function.whole(self._trace[-1])
+                made = self._function.whole(self._trace[-1])
+            # A view of a parameter requires gradients even so.
+            self._made = made if self._records else {name: value.detach() for name, value in made.items()}
         return self._made
 
     def __call__(self, x: Tensor) -> Tensor:
