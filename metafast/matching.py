@@ -53,9 +53,9 @@ def matching_log_probs(
 
     Example:
         >>> support = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> matching_log_probs(support, torch.tensor([0, 1]), support, 10.0, num_classes=2).exp()
-        tensor([[1.0000e+00, 4.5398e-05],
-                [4.5398e-05, 1.0000e+00]])
+        >>> matching_log_probs(support, torch.tensor([0, 1]), support, num_classes=2).exp()
+        tensor([[0.7311, 0.2689],
+                [0.2689, 0.7311]])
     """
     _check.features(support, "support", "[..., n, d]")
     _check.features(query, "query", "[..., m, d]")
