@@ -18,6 +18,7 @@ import torch
 
 from tests import simt
 from tests.simt import build
+from tests.simt.mutants import MUTANTS
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing())
 
@@ -338,3 +339,10 @@ def test_arrays_are_checked(module: ModuleType) -> None:
         module.steps("cosine", x, y[1:])
     with pytest.raises(ValueError, match="no such metric: hamming"):
         module.steps("hamming", x, y)
+
+
+def test_the_mutants_are_mistakes_in_the_sources() -> None:
+    """Each has one place in them, or it would be planted nowhere."""
+    sources = build.ROOT / "csrc" / "cuda"
+    lost = [m.name for m in MUTANTS if (sources / m.file).read_text().count(m.old) != 1]
+    assert not lost and len({m.name for m in MUTANTS}) == len(MUTANTS)

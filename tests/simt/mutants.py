@@ -518,8 +518,8 @@ MUTANTS = (
     Mutant(
         "conv: ReLU's derivative below 0",
         "conv_block.cuh",
-        "static_cast<uint8_t>(nothing ? kNothing : kept);",
-        "static_cast<uint8_t>(nothing && !ON ? kNothing : kept);",
+        "static_cast<uint8_t>(nothing ? kDead : kept);",
+        "static_cast<uint8_t>(nothing && !ON ? kDead : kept);",
         first=OF_CONV,
     ),
     Mutant(
