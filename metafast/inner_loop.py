@@ -181,8 +181,7 @@ def inner_loop(
     mixed = 0 < constant < steps and support_x.requires_grad
     along_gradients = optimizer == "sgd" and momentum == weight_decay == 0 and state is None
     if along_gradients and batches is None and not mixed and not _check.autocasts(support_x):
-        layers = layers_of(module, support_x, support_y) if isinstance(loss, str) else None
-        if layers is not None and isinstance(loss, str):
+        if isinstance(loss, str) and (layers := layers_of(module, support_x, support_y)) is not None:
             _check_labels(support_y, layers[0][-1].linear.out_features)
             constants = {name: value for name, value in fixed.items() if name not in by_step}
             each = [_rate_of(rates, t) for t in range(steps)]
@@ -200,8 +199,8 @@ def inner_loop(
             name: value if value.dim() > own[name].dim() else value.expand(tasks, *value.shape)
             for name, value in start.items()
         }
-    outer_loss = OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss
-    function = _Function(module, fixed, by_step, outer_loss, batch_norm, first, chain)
+    loss_function = OUTPUT_LOSSES[loss] if isinstance(loss, str) else loss
+    function = _Function(module, fixed, by_step, loss_function, batch_norm, first, chain)
     rule = _Sgd(momentum, weight_decay) if optimizer == "sgd" else _Adam(betas, eps, weight_decay)
     trace, begun = [stacked], 0 if state is None else state.steps
     slots: Any = {} if state is None else state.slots

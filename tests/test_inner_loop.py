@@ -482,6 +482,19 @@ def test_after_each_step(name: str) -> None:
         adapted.after(4)
 
 
+class SeesSizes(TorchDispatchMode):
+    """The sizes of all that torch's operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.sizes.add(tuple(out.shape) if isinstance(out, Tensor) else ())
+        return out
+
+
 def test_a_first_layer_adapts_by_its_support_rows_alone() -> None:
     """Which modules begin with one, and that its weight of each task is made only where it is asked for."""
 
@@ -520,18 +533,10 @@ def test_a_first_layer_adapts_by_its_support_rows_alone() -> None:
 
     module, tasks = make("wide first layer")
     adapted = inner_loop(module, *tasks[:2], 0.1, 2)
-    sizes: set[tuple[int, ...]] = set()
-
-    class Sees(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            sizes.add(tuple(out.shape) if isinstance(out, Tensor) else ())
-            return out
-
-    with Sees():
+    with SeesSizes() as seen:
         inner_loop(module, *tasks[:2], 0.1, 2)(tasks[2]).sum().backward()
     weights = (TASKS, 32, 128)
-    assert weights not in sizes and (TASKS, 128, 32) not in sizes
+    assert weights not in seen.sizes and (TASKS, 128, 32) not in seen.sizes
     assert adapted.parameters["1.weight"].shape == weights
 
 
@@ -586,20 +591,12 @@ def test_a_chain_makes_no_wide_weight_of_a_task() -> None:
         assert found(own, 8) == 0
 
     module, tasks = make("chain")
-    sizes: set[tuple[int, ...]] = set()
-
-    class Sees(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            sizes.add(tuple(out.shape) if isinstance(out, Tensor) else ())
-            return out
-
-    with Sees():
+    with SeesSizes() as seen:
         adapted = inner_loop(module, *tasks[:2], 0.1, 2)
         adapted(tasks[2]).sum().backward()
     for wide in ((32, 128), (48, 32), (50, 48)):
-        assert (TASKS, *wide) not in sizes and (TASKS, *wide[::-1]) not in sizes
-    assert (TASKS, 6, 50) in sizes, "more support rows, all steps together, than are worth it"
+        assert (TASKS, *wide) not in seen.sizes and (TASKS, *wide[::-1]) not in seen.sizes
+    assert (TASKS, 6, 50) in seen.sizes, "more support rows, all steps together, than are worth it"
     with pytest.raises(ValueError, match=r"x: expected rows of 128 inputs, got \[2, 8, 7\]"):
         adapted(tasks[2][..., :7])
 
