@@ -2,6 +2,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/draws.h"
+
 STABLE_TORCH_LIBRARY(metafast, m) {
   // x [T, n, d], y [T, m, d] -> [T, n, m]; metric is an index into metafast.distance.METRICS
   m.def("pairwise_distance(Tensor x, Tensor y, int metric) -> Tensor");
@@ -107,9 +109,9 @@ STABLE_TORCH_LIBRARY(metafast, m) {
   m.def("cuda_probe(Tensor x) -> Tensor");
 }
 
-// The import of metafast._C loads the library; the module itself is empty.
+// The import of metafast._C loads the library.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, metafast::draws_methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -17,8 +17,30 @@ from metafast._library import operator
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(metafast._C.__file__)
 FLOOR = (2, 11)
-#: What an empty module needs of the stable ABI of Python 3.10; extend it only by functions in that ABI.
-PYTHON = {"PyModule_Create2"}
+#: What the module needs of the stable ABI of Python 3.10; extend it only by names in that ABI.
+PYTHON = {
+    *("PyModule_Create2", "_Py_Dealloc", "_Py_NoneStruct", "PyTuple_Pack", "PyType_GetFlags"),
+    *("PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred", "PyExc_TypeError", "PyExc_ValueError"),
+    *("PyByteArray_AsString", "PyByteArray_FromStringAndSize", "PyBytes_AsStringAndSize"),
+    *(
+        "PyList_Append",
+        "PyList_GetItem",
+        "PyList_New",
+        "PyList_SetItem",
+        "PyList_Size",
+        "PySet_Add",
+        "PySet_New",
+    ),
+    *(
+        "PyLong_AsLongLong",
+        "PyLong_AsLongLongAndOverflow",
+        "PyLong_AsSsize_t",
+        "PyLong_FromSsize_t",
+        "PyLong_Type",
+    ),
+    *("PyObject_CallFunctionObjArgs", "PyObject_CallMethod", "PyObject_GetItem"),
+    *("PySequence_GetItem", "PySequence_List", "PySequence_Size"),
+}
 #: In libtorch_cuda only: weak, so that the library loads in a CPU-only torch too.
 CUDA_ONLY = {"aoti_torch_get_current_cuda_stream"}
 WEAK = 2

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from metafast.compat import _draws
 from metafast.compat.learn2learn import data as l2l_data
 from metafast.compat.learn2learn.data import (
     DataDescription,
@@ -492,22 +491,6 @@ def test_samplers() -> None:
     assert len([batch for batch, _ in zip(endless, range(7), strict=False)]) == 7
     with pytest.raises(TypeError, match="without end"):
         len(endless)
-
-
-def test_the_draws_are_those_of_the_random_module() -> None:
-    for n in (0, 1, 2, 7, 20, 21, 22, 77, 85, 86, 277, 278, 1623):
-        for k in {0, 1, 2, 5, 6, 10, 21, n // 3, n}:
-            if k <= n:
-                random.seed(n * k)
-                wanted = random.sample(range(n), k), random.random()
-                random.seed(n * k)
-                assert (_draws.sample(range(n), k), random.random()) == wanted
-        first, second = list(range(n)), list(range(n))
-        random.seed(n)
-        random.shuffle(first)
-        random.seed(n)
-        _draws.shuffle(second)
-        assert first == second
 
 
 def test_transforms_and_task_sets_can_be_pickled() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from metafast import _C
 
 
 class Rows(Sequence[Any]):
@@ -16,30 +16,47 @@ class Rows(Sequence[Any]):
 
     Args:
         source: all images, ``[N, ...]``.
+        labels: of all images.
         items: numbers of rows.
-        labels: one of each.
     """
 
-    def __init__(
-        self, source: Tensor, items: Sequence[int] | NDArray[np.int64], labels: Sequence[Any]
-    ) -> None:
+    def __init__(self, source: Tensor, labels: Sequence[Any], items: list[int]) -> None:
         self.source = source
-        # NumPy makes arrays of long lists in a quarter of the time that torch takes.
-        self.items = np.asarray(items, dtype=np.int64)
         self.labels = labels
+        self.items = items
 
-    def images(self, places: Any = ...) -> Tensor:
-        """Those at some places of this list, or all, in one tensor."""
-        rows = torch.from_numpy(np.ascontiguousarray(self.items[places])).to(self.source.device)
-        return self.source.index_select(0, rows)
+    def split(
+        self, ways: int, shots: int, queries: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]] | None:
+        """Support images and their labels, query images and their labels, classes; see ``episodic_collate_fn``.
+
+        Returns:
+            None where a label is no int, or the rows are no list.
+        """
+        if type(self.labels) is not list or type(self.items) is not list:
+            return None
+        parts = _C.split_rows(self.items, self.labels, ways, shots, queries)
+        if parts is None:
+            return None
+        support, query, support_labels, query_labels = (_tensor(part) for part in parts[:4])
+        return self._images(support), support_labels, self._images(query), query_labels, parts[4]
+
+    def _images(self, rows: Tensor) -> Tensor:
+        return self.source.index_select(0, rows if self.source.is_cpu else rows.to(self.source.device))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
+        items = self.items[index]
         if isinstance(index, slice):
-            return Rows(self.source, self.items[index], self.labels[index])
-        return self.source[self.items[index]], self.labels[index]
+            return Rows(self.source, self.labels, items)
+        return self.source[items], self.labels[items]
 
     def __iter__(self) -> Iterator[Any]:
-        return zip(self.images().unbind(), self.labels, strict=True)
+        images = self._images(torch.tensor(self.items, dtype=torch.int64)).unbind()
+        return zip(images, (self.labels[item] for item in self.items), strict=True)
+
+
+def _tensor(numbers: bytearray) -> Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)

@@ -93,7 +93,7 @@ class FeaturesDataset(FewShotDataset):
         """What a DataLoader asks for: the rows of a batch."""
         if type(self).__getitem__ is not FeaturesDataset.__getitem__:
             return [self[item] for item in items]
-        return Rows(self.embeddings, items, [self.labels[item] for item in items])
+        return Rows(self.embeddings, self.labels, items)
 
     def __len__(self) -> int:
         return len(self.labels)

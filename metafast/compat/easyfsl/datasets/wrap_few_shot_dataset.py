@@ -72,7 +72,7 @@ class WrapFewShotDataset(FewShotDataset):
         source = self.source_dataset
         if type(source) is TensorDataset and type(self).__getitem__ is WrapFewShotDataset.__getitem__:
             images = source.tensors[self.image_position_in_get_item_output]
-            return Rows(images, items, [self.labels[item] for item in items])
+            return Rows(images, self.labels, items)
         return [self[item] for item in items]
 
     def __len__(self) -> int:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from metafast import _check
 from metafast.compat import absent
-from metafast.compat._draws import sample
+from metafast.compat._draws import sample_task
 from metafast.compat.easyfsl.datasets._rows import Rows
 from metafast.compat.easyfsl.datasets.few_shot_dataset import FewShotDataset
 
@@ -79,10 +78,7 @@ class TaskSampler(Sampler[list[int]]):
         rows = self.n_shot + self.n_query
         labels = sorted(self.items_per_label)
         for _ in range(self.n_tasks):
-            task: list[int] = []
-            for label in sample(labels, self.n_way):
-                task += sample(self.items_per_label[label], rows)
-            yield task
+            yield sample_task(labels, self.items_per_label, self.n_way, rows)
 
     def episodic_collate_fn(
         self, input_data: Sequence[tuple[Tensor, Tensor | int]]
@@ -107,31 +103,24 @@ class TaskSampler(Sampler[list[int]]):
                 f"input_data: expected n_way * (n_shot + n_query) = {self.n_way * of_class} rows, "
                 f"got {len(input_data)}"
             )
-        images: Callable[[Any], Tensor]
         if isinstance(input_data, Rows):
-            images, given = input_data.images, input_data.labels
-            labels = given if set(map(type, given)) == {int} else [_as_int(label) for label in given]
-        else:
-            pairs = self._cast_input_data_to_tensor_int_tuple(input_data)
-            labels = [label for _, label in pairs]
-
-            def images(places: Any) -> Tensor:
-                # None of them have a shape too.
-                first = pairs[0][0].unsqueeze(0)
-                return torch.stack([pairs[place][0] for place in places]) if len(places) else first[:0]
-
+            parts = input_data.split(self.n_way, self.n_shot, self.n_query)
+            if parts is not None:
+                return parts
+        pairs = self._cast_input_data_to_tensor_int_tuple(input_data)
+        labels = [label for _, label in pairs]
         classes = list(set(labels))
         number = {label: k for k, label in enumerate(classes)}
-        numbers = np.fromiter(map(number.__getitem__, labels), np.int64, len(labels))
-        places = np.arange(len(labels)).reshape(self.n_way, of_class)
-        support, query = places[:, : self.n_shot].ravel(), places[:, self.n_shot :].ravel()
-        return (
-            images(support),
-            torch.from_numpy(numbers[support]),
-            images(query),
-            torch.from_numpy(numbers[query]),
-            classes,
-        )
+        numbers = torch.tensor([number[label] for label in labels], dtype=torch.int64)
+        places = torch.arange(len(labels)).reshape(self.n_way, of_class)
+        support, query = places[:, : self.n_shot].flatten(), places[:, self.n_shot :].flatten()
+
+        def images(rows: Tensor) -> Tensor:
+            # None of them have a shape too.
+            first = pairs[0][0].unsqueeze(0)
+            return torch.stack([pairs[row][0] for row in rows.tolist()]) if len(rows) else first[:0]
+
+        return images(support), numbers[support], images(query), numbers[query], classes
 
     @staticmethod
     def _cast_input_data_to_tensor_int_tuple(

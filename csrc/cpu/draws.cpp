@@ -1,0 +1,306 @@
+// The draws of Python's random and the rows of a task made of them, where the interpreter would take most of the time.
+#include "cpu/draws.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+namespace metafast {
+namespace {
+
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+int bit_length(Py_ssize_t n) { return n > 0 ? 64 - __builtin_clzll(static_cast<unsigned long long>(n)) : 0; }
+
+// Numbers of random.Random._randbelow. Of each it draws words of 32 bits, here many in one call: `certain` tells how many
+// numbers will be drawn at least, each of which takes one word or more.
+class Draws {
+ public:
+  Draws(PyObject* getrandbits, Py_ssize_t certain) : getrandbits_(getrandbits), certain_(certain) {}
+
+  // A number below n, 0 < n < 2^32; -1 where getrandbits failed.
+  Py_ssize_t below(Py_ssize_t n) {
+    const int unused = 32 - bit_length(n);
+    while (true) {
+      if (next_ == words_.size() && !refill()) return -1;
+      const Py_ssize_t number = words_[next_++] >> unused;
+      if (number < n) {
+        --certain_;
+        return number;
+      }
+    }
+  }
+
+ private:
+  bool refill() {
+    const Py_ssize_t count = std::min<Py_ssize_t>(std::max<Py_ssize_t>(certain_, 1), 4096);
+    const Owned bits(PyLong_FromSsize_t(32 * count));
+    if (!bits) return false;
+    const Owned drawn(PyObject_CallFunctionObjArgs(getrandbits_, bits.get(), nullptr));
+    if (!drawn) return false;
+    // The first word is the lowest.
+    const Owned bytes(PyObject_CallMethod(drawn.get(), "to_bytes", "ns", 4 * count, "little"));
+    if (!bytes) return false;
+    char* begin = nullptr;
+    Py_ssize_t size = 0;
+    if (PyBytes_AsStringAndSize(bytes.get(), &begin, &size) != 0) return false;
+    words_.resize(size / 4);
+    for (size_t i = 0; i < words_.size(); ++i) {
+      words_[i] = 0;
+      for (size_t k = 4; k-- > 0;) words_[i] = words_[i] << 8 | static_cast<unsigned char>(begin[4 * i + k]);
+    }
+    next_ = 0;
+    return true;
+  }
+
+  PyObject* getrandbits_;
+  Py_ssize_t certain_;
+  std::vector<uint32_t> words_;
+  size_t next_ = 0;
+};
+
+// random.Random.sample draws from a list of what is left of a population up to this size.
+Py_ssize_t list_limit(Py_ssize_t k) {
+  Py_ssize_t covered = 1;
+  while (k > 5 && covered < 3 * k) covered *= 4;
+  return k > 5 ? 21 + covered : 21;
+}
+
+// Numbers of rows that were drawn.
+class Taken {
+ public:
+  explicit Taken(Py_ssize_t k) {
+    size_t size = 4;
+    while (size < 4 * static_cast<size_t>(k)) size *= 2;
+    slots_.assign(size, -1);
+  }
+
+  // False for one that is there already.
+  bool add(Py_ssize_t number) {
+    const size_t mask = slots_.size() - 1;
+    size_t slot = static_cast<size_t>(number) & mask;
+    for (; slots_[slot] >= 0; slot = (slot + 1) & mask) {
+      if (slots_[slot] == number) return false;
+    }
+    slots_[slot] = number;
+    return true;
+  }
+
+ private:
+  std::vector<Py_ssize_t> slots_;
+};
+
+// k places out of n; fewer where getrandbits failed.
+std::vector<Py_ssize_t> draw_places(Draws& draws, Py_ssize_t n, Py_ssize_t k) {
+  std::vector<Py_ssize_t> places;
+  places.reserve(k);
+  if (n <= list_limit(k)) {
+    std::vector<Py_ssize_t> left(n);
+    for (Py_ssize_t i = 0; i < n; ++i) left[i] = i;
+    for (Py_ssize_t last = n - 1; last >= n - k; --last) {
+      const Py_ssize_t j = draws.below(last + 1);
+      if (j < 0) break;
+      places.push_back(left[j]);
+      left[j] = left[last];
+    }
+    return places;
+  }
+  Taken taken(k);
+  while (static_cast<Py_ssize_t>(places.size()) < k) {
+    const Py_ssize_t j = draws.below(n);
+    if (j < 0) break;
+    if (taken.add(j)) places.push_back(j);
+  }
+  return places;
+}
+
+bool expect(const char* name, Py_ssize_t wanted, Py_ssize_t given) {
+  if (given != wanted) PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", name, wanted, given);
+  return given == wanted;
+}
+
+// Is a population small enough for draws of one word, and no smaller than k?
+bool can_draw(Py_ssize_t n, Py_ssize_t k) {
+  if (k < 0 || k > n) {
+    PyErr_Format(PyExc_ValueError, "k: expected 0 to %zd, the size of the population, got %zd", n, k);
+  } else if (bit_length(n) > 32) {
+    PyErr_Format(PyExc_ValueError, "population: expected fewer than 2^32 of them, got %zd", n);
+  }
+  return !PyErr_Occurred();
+}
+
+// Appends k out of a population to a list.
+bool append_sample(Draws& draws, PyObject* population, Py_ssize_t k, PyObject* list) {
+  const Py_ssize_t n = PySequence_Size(population);
+  if (n < 0 || !can_draw(n, k)) return false;
+  const std::vector<Py_ssize_t> places = draw_places(draws, n, k);
+  for (const Py_ssize_t place : places) {
+    const Owned item(PySequence_GetItem(population, place));
+    if (!item || PyList_Append(list, item.get()) != 0) return false;
+  }
+  return static_cast<Py_ssize_t>(places.size()) == k;
+}
+
+bool is_list(const char* name, PyObject* object) {
+  if (PyList_Check(object)) return true;
+  PyErr_Format(PyExc_TypeError, "%s: expected a list, got %R", name, reinterpret_cast<PyObject*>(Py_TYPE(object)));
+  return false;
+}
+
+// sample(getrandbits, population, k): random.sample(population, k), whose bits getrandbits draws.
+PyObject* sample(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!expect("sample", 3, count)) return nullptr;
+  const Py_ssize_t k = PyLong_AsSsize_t(arguments[2]);
+  if (PyErr_Occurred()) return nullptr;
+  Draws draws(arguments[0], k);
+  Owned drawn(PyList_New(0));
+  return drawn && append_sample(draws, arguments[1], k, drawn.get()) ? drawn.release() : nullptr;
+}
+
+// sample_task(getrandbits, labels, rows_of, ways, rows): random.sample(labels, ways), and of each label that it drew
+// random.sample(rows_of[label], rows), one after the other.
+PyObject* sample_task(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!expect("sample_task", 5, count)) return nullptr;
+  const Py_ssize_t ways = PyLong_AsSsize_t(arguments[3]), rows = PyLong_AsSsize_t(arguments[4]);
+  if (PyErr_Occurred()) return nullptr;
+  if (ways < 0 || rows < 0) {
+    return PyErr_Format(PyExc_ValueError, "ways, rows: expected 0 or more, got %zd and %zd", ways, rows);
+  }
+  const Py_ssize_t largest = 1 << 20;
+  Draws draws(arguments[0], std::min(ways, largest) * (1 + std::min(rows, largest)));
+  const Owned labels(PyList_New(0));
+  Owned task(PyList_New(0));
+  if (!labels || !task || !append_sample(draws, arguments[1], ways, labels.get())) return nullptr;
+  for (Py_ssize_t i = 0; i < ways; ++i) {
+    const Owned members(PyObject_GetItem(arguments[2], PyList_GetItem(labels.get(), i)));
+    if (!members || !append_sample(draws, members.get(), rows, task.get())) return nullptr;
+  }
+  return task.release();
+}
+
+// shuffle(getrandbits, values): random.shuffle of a list, whose bits getrandbits draws.
+PyObject* shuffle(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!expect("shuffle", 2, count)) return nullptr;
+  PyObject* values = arguments[1];
+  if (!is_list("values", values)) return nullptr;
+  const Py_ssize_t n = PyList_Size(values);
+  if (!can_draw(n, n)) return nullptr;
+  Draws draws(arguments[0], n - 1);
+  for (Py_ssize_t last = n - 1; last > 0; --last) {
+    const Py_ssize_t j = draws.below(last + 1);
+    if (j < 0) return nullptr;
+    PyObject* first = PyList_GetItem(values, j);
+    Py_XINCREF(first);
+    PyObject* second = PyList_GetItem(values, last);
+    Py_XINCREF(second);
+    if (!first || !second) {
+      Py_XDECREF(first);
+      Py_XDECREF(second);
+      return nullptr;
+    }
+    if (PyList_SetItem(values, j, second) != 0 || PyList_SetItem(values, last, first) != 0) return nullptr;
+  }
+  return Py_NewRef(Py_None);
+}
+
+// One number of 64 bits for each row of a part of a task.
+class Numbers {
+ public:
+  explicit Numbers(Py_ssize_t rows) : bytes_(PyByteArray_FromStringAndSize(nullptr, rows * 8)) {
+    if (bytes_) next_ = reinterpret_cast<int64_t*>(PyByteArray_AsString(bytes_.get()));
+  }
+  explicit operator bool() const { return bytes_ != nullptr; }
+  void append(int64_t number) { *next_++ = number; }
+  PyObject* get() const { return bytes_.get(); }
+
+ private:
+  Owned bytes_;
+  int64_t* next_ = nullptr;
+};
+
+// split_rows(items, labels, ways, shots, queries): of each of the `ways` runs of items the first `shots` are of the support
+// set, the others queries. Gives the items of both parts and the places of their labels in the list of the different ones,
+// as bytearrays of int64, and that list, in the order of a set of the labels of items. None where an item is no row of
+// labels or a label is no int of 64 bits.
+PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!expect("split_rows", 5, count)) return nullptr;
+  PyObject *items = arguments[0], *labels = arguments[1];
+  const Py_ssize_t ways = PyLong_AsSsize_t(arguments[2]), shots = PyLong_AsSsize_t(arguments[3]),
+                   queries = PyLong_AsSsize_t(arguments[4]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!is_list("items", items) || !is_list("labels", labels)) return nullptr;
+  const Py_ssize_t rows = PyList_Size(items), labelled = PyList_Size(labels);
+  const Py_ssize_t each = ways > 0 ? rows / ways : 0;
+  const bool fits =
+      ways > 0 ? rows % ways == 0 && shots >= 0 && queries >= 0 && each - shots == queries : ways == 0 && rows == 0;
+  if (!fits) {
+    return PyErr_Format(PyExc_ValueError, "items: expected %zd * (%zd + %zd) of them, got %zd", ways, shots, queries,
+                        rows);
+  }
+  const Py_ssize_t supports = ways > 0 ? ways * shots : 0;
+  Numbers support(supports), query(rows - supports), of_support(supports), of_query(rows - supports);
+  const Owned different(PySet_New(nullptr));
+  if (!support || !query || !of_support || !of_query || !different) return nullptr;
+  std::vector<int64_t> values(rows);
+  for (Py_ssize_t i = 0; i < rows; ++i) {
+    PyObject* item = PyList_GetItem(items, i);
+    if (!PyLong_CheckExact(item)) return Py_NewRef(Py_None);
+    int overflow = 0;
+    const int64_t place = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow != 0 || place < 0 || place >= labelled) return Py_NewRef(Py_None);
+    PyObject* label = PyList_GetItem(labels, static_cast<Py_ssize_t>(place));
+    if (!PyLong_CheckExact(label)) return Py_NewRef(Py_None);
+    values[i] = PyLong_AsLongLongAndOverflow(label, &overflow);
+    if (overflow != 0) return Py_NewRef(Py_None);
+    if ((i == 0 || values[i] != values[i - 1]) && PySet_Add(different.get(), label) != 0) return nullptr;
+    (i % each < shots ? support : query).append(place);
+  }
+  const Owned classes(PySequence_List(different.get()));
+  if (!classes) return nullptr;
+  std::unordered_map<int64_t, int64_t> numbers;
+  for (Py_ssize_t k = 0; k < PyList_Size(classes.get()); ++k) {
+    numbers[PyLong_AsLongLong(PyList_GetItem(classes.get(), k))] = k;
+  }
+  int64_t number = 0;
+  for (Py_ssize_t i = 0; i < rows; ++i) {
+    if (i == 0 || values[i] != values[i - 1]) number = numbers[values[i]];
+    (i % each < shots ? of_support : of_query).append(number);
+  }
+  return PyTuple_Pack(5, support.get(), query.get(), of_support.get(), of_query.get(), classes.get());
+}
+
+using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+
+// A function for Python, which knows no C++ exceptions.
+template <Function* function>
+PyObject* guarded(PyObject* module, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    return function(module, arguments, count);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+// Python's table has one type for functions of every convention.
+template <Function* function>
+PyCFunction erased() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(guarded<function>));
+}
+
+}  // namespace
+
+PyMethodDef draws_methods[] = {
+    {"sample", erased<sample>(), METH_FASTCALL, nullptr},
+    {"sample_task", erased<sample_task>(), METH_FASTCALL, nullptr},
+    {"shuffle", erased<shuffle>(), METH_FASTCALL, nullptr},
+    {"split_rows", erased<split_rows>(), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace metafast

@@ -1,0 +1,153 @@
+"""The compiled draws of tasks: those of Python's random, from the same words of its stream."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metafast import _C
+from metafast.compat import _draws
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 20, 21, 22, 77, 85, 86, 277, 278, 1623, 10000])
+def test_the_draws_are_those_of_the_random_module(n: int) -> None:
+    for k in {0, 1, 2, 5, 6, 10, 21, n // 3, n}:
+        if k <= n:
+            for population in (range(n), [str(i) for i in range(n)]):
+                random.seed(n * k)
+                wanted = random.sample(population, k), random.random()
+                random.seed(n * k)
+                assert (_draws.sample(population, k), random.random()) == wanted
+    first, second = list(range(n)), list(range(n))
+    random.seed(n)
+    random.shuffle(first)
+    wanted_next = random.random()
+    random.seed(n)
+    _draws.shuffle(second)
+    assert first == second and random.random() == wanted_next
+
+
+@pytest.mark.parametrize(
+    ("ways", "rows"), [(0, 0), (0, 3), (3, 0), (5, 20), (1, 6), (12, 40), (30, 1), (20, 300)]
+)
+def test_a_task_is_one_sample_after_the_other(ways: int, rows: int) -> None:
+    labels = [f"label {k}" for k in range(30)]
+    rows_of = {label: [(label, row) for row in range(rows + 7 * k)] for k, label in enumerate(labels)}
+    random.seed(ways * rows)
+    wanted = [row for label in random.sample(labels, ways) for row in random.sample(rows_of[label], rows)]
+    then = random.random()
+    random.seed(ways * rows)
+    assert _draws.sample_task(labels, rows_of, ways, rows) == wanted and random.random() == then
+
+
+def test_populations_of_32_bits() -> None:
+    random.seed(0)
+    wanted = random.sample(range(2**32 - 1), 9)
+    random.seed(0)
+    assert _draws.sample(range(2**32 - 1), 9) == wanted
+
+
+def broken(bits: int) -> int:
+    raise RuntimeError("no more bits")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: _C.sample(random.getrandbits, range(3), 4), ValueError, "k: expected 0 to 3, .* got 4"),
+        (lambda: _C.sample(random.getrandbits, range(3), -1), ValueError, "k: expected 0 to 3, .* got -1"),
+        (lambda: _C.sample(random.getrandbits, range(2**32), 1), ValueError, "fewer than 2\\^32"),
+        (lambda: _C.sample(random.getrandbits, 3, 1), TypeError, "len"),
+        (lambda: _C.sample(random.getrandbits, {1, 2}, 1), TypeError, "index"),
+        (lambda: _C.sample(random.getrandbits, range(3), 1.0), TypeError, "int"),
+        (lambda: _C.sample(random.getrandbits, range(3)), TypeError, "sample: expected 3 arguments, got 2"),
+        (lambda: _C.sample(broken, range(3), 2), RuntimeError, "no more bits"),
+        (lambda: _C.sample(lambda bits: "1", range(3), 2), AttributeError, "to_bytes"),
+        (lambda: _C.sample(lambda bits: -1, range(3), 2), OverflowError, "negative"),
+        (lambda: _C.shuffle(random.getrandbits, (1, 2)), TypeError, "values: expected a list, .*tuple"),
+        (lambda: _C.shuffle(broken, [1, 2]), RuntimeError, "no more bits"),
+        (lambda: _C.sample_task(random.getrandbits, [1], {1: [2]}, 2, 1), ValueError, "k: expected 0 to 1"),
+        (lambda: _C.sample_task(random.getrandbits, [1], {1: [2]}, 1, 2), ValueError, "k: expected 0 to 1"),
+        (lambda: _C.sample_task(random.getrandbits, [1], {1: [2]}, -1, 2), ValueError, "got -1 and 2"),
+        (lambda: _C.sample_task(random.getrandbits, [1], {2: [2]}, 1, 1), KeyError, "1"),
+        (lambda: _C.sample_task(broken, [1], {1: [2]}, 1, 1), RuntimeError, "no more bits"),
+    ],
+)
+def test_what_cannot_be_drawn(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def split(items: list[int], labels: list[int], ways: int, shots: int) -> tuple[Any, ...]:
+    """What ``split_rows`` gives, as lists."""
+    places = np.arange(len(items)).reshape(ways, -1)
+    support, query = places[:, :shots].flatten().tolist(), places[:, shots:].flatten().tolist()
+    found = [labels[item] for item in items]
+    classes = list(set(found))
+    numbers = [classes.index(label) for label in found]
+    return *([of[row] for row in rows] for of in (items, numbers) for rows in (support, query)), classes
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("values", [1, 10, 2**40, 2**62])
+def test_the_parts_of_a_task(values: int, apart: bool) -> None:
+    draw = random.Random(values)
+    for ways, shots, queries in (
+        (1, 1, 1),
+        (5, 1, 15),
+        (7, 3, 0),
+        (4, 0, 2),
+        (0, 2, 3),
+        (3, 0, 0),
+        (40, 5, 15),
+    ):
+        names = [draw.randrange(-values, values) for _ in range(ways)]
+        labels = [name for name in names for _ in range(shots + queries)]
+        if not apart:
+            draw.shuffle(labels)
+        items = draw.sample(range(len(labels)), len(labels)) if not apart else list(range(len(labels)))
+        parts = _C.split_rows(items, labels, ways, shots, queries)
+        assert parts is not None
+        found = [np.frombuffer(part, np.int64).tolist() for part in parts[:4]]
+        assert (*found, parts[4]) == split(items, labels, max(ways, 1), shots)
+
+
+@pytest.mark.parametrize(
+    ("items", "labels"),
+    [
+        ([0, 2], [0, 0]),
+        ([0, -1], [0, 0]),
+        ([0, 2**70], [0, 0]),
+        ([0, True], [0, 0]),
+        ([0, 1], [0, 0.0]),
+        ([0, 1], [0, "0"]),
+        ([0, 1], [0, True]),
+        ([0, 1], [0, 2**63]),
+    ],
+)
+def test_rows_that_python_has_to_look_at(items: list[int], labels: list[Any]) -> None:
+    assert _C.split_rows(items, labels, 1, 1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0, 1, 2], [0] * 3, 2, 1, 1), ValueError, r"items: expected 2 \* \(1 \+ 1\) of them, got 3"),
+        (([0, 1, 2, 3], [0] * 4, 2, 3, -1), ValueError, r"expected 2 \* \(3 \+ -1\)"),
+        (([0, 1, 2, 3], [0] * 4, 2, -1, 3), ValueError, r"expected 2 \* \(-1 \+ 3\)"),
+        (([0], [0], 0, 1, 0), ValueError, "got 1"),
+        (([], [0], -1, 1, 0), ValueError, "got 0"),
+        (([], [0], 2**60, 2**60, 2**60), ValueError, "got 0"),
+        (((0,), [0], 1, 1, 0), TypeError, "items: expected a list"),
+        (([0], (0,), 1, 1, 0), TypeError, "labels: expected a list"),
+        (([0], [0], 1, 1), TypeError, "split_rows: expected 5 arguments, got 4"),
+        (([0], [0], 1, 1.0, 0), TypeError, "int"),
+    ],
+)
+def test_rows_that_are_no_task(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _C.split_rows(*arguments)
