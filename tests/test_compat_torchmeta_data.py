@@ -534,7 +534,9 @@ def test_toy_problems_at_once_and_one_by_one() -> None:
     tasks = [toy.helpers.sinusoid(3, seed=2, num_tasks=5, **o)[1] for o in ({}, {"transform": changed})]
     collate = BatchMetaCollate(default_collate)
     at_once, one_by_one = (collate.collate_task(task) for task in tasks)
-    assert _whole.whole(tasks[0]["train"]) is not None and _whole.whole(tasks[1]["train"]) is None
+    assert (
+        _whole.whole(tasks[0]["train"], set()) is not None and _whole.whole(tasks[1]["train"], set()) is None
+    )
     assert torch.equal(at_once["test"][0] * 2, one_by_one["test"][0])
     assert torch.equal(at_once["test"][1], one_by_one["test"][1])
 
@@ -542,9 +544,12 @@ def test_toy_problems_at_once_and_one_by_one() -> None:
         def __getitem__(self, row: int) -> Any:
             return super().__getitem__(row)[0] + 1, 0
 
-    assert _whole.whole(Shifted(0, 1.0, 1.0, np.array([0.0, 1.0]), None, 4)) is None
+    assert _whole.whole(Shifted(0, 1.0, 1.0, np.array([0.0, 1.0]), None, 4), set()) is None
     wave = toy.sinusoid.SinusoidTask(0, 1.0, 1.0, np.array([0.0, 1.0]), None, 4)
-    assert _whole.whole(tm.SubsetTask(wave, [4])) is None and _whole.whole(tm.SubsetTask(wave, [-1])) is None
+    assert (
+        _whole.whole(tm.SubsetTask(wave, [4]), set()) is None
+        and _whole.whole(tm.SubsetTask(wave, [-1]), set()) is None
+    )
 
 
 def test_toy_helpers() -> None:
@@ -934,7 +939,7 @@ def test_batches_are_what_the_samples_are(name: str, omniglot: Path, monkeypatch
     whole: list[Any] = []
     monkeypatch.setattr(
         "metafast.compat.torchmeta.utils.data.dataloader.whole",
-        lambda task: (whole.append(_whole.whole(task)), whole[-1])[1],
+        lambda *given: (whole.append(_whole.whole(*given)), whole[-1])[1],
     )
     for batch in (one_by_one, lambda t, i: BatchMetaCollate(default_collate)([t[index] for index in i])):
         tasks.seed(1)
@@ -955,7 +960,7 @@ def small(root: Path, ways: int = 2, **options: Any) -> Any:
 
 
 def at_once(task: Any) -> Any:
-    found = _whole.whole(task)
+    found = _whole.whole(task, set())
     return None if found is None else _whole.alone(found)
 
 
@@ -1013,7 +1018,7 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert again is not None
     assert again[0].any() and torch.equal(again[0][0], tasks[0, 1][1][0])
     tasks.dataset.close()
-    _whole.whole(tm.SubsetTask(tasks[0, 1], [1]))
+    _whole.whole(tm.SubsetTask(tasks[0, 1], [1]), set())
     assert len(read) == 4
 
 
@@ -1026,10 +1031,10 @@ def test_what_was_changed_since_is_seen(tmp_path: Path) -> None:
     assert before[0].shape[-1] == 6 and after[0].shape[-1] == 3
     task = tasks[0, 1]
     task.datasets[0].transform = lambda image: torch.zeros(3, 3, 3)
-    assert _whole.whole(task) is None
+    assert _whole.whole(task, set()) is None
     other = tasks[0, 1]
     other.datasets[1].target_transform_append(lambda number: number + 10)
-    assert _whole.whole(other) is None
+    assert _whole.whole(other, set()) is None
     third = tasks[0, 1]
     numbers = at_once(third)
     third.datasets[0].target_transform = chain(tf.FixedCategory(), tf.Categorical())
@@ -1074,7 +1079,7 @@ def test_a_transform_that_was_changed_in_place_is_seen(tmp_path: Path) -> None:
     assert torch.equal(flipped[4][0], flipped[0][0].flip(-2))
     # The images as well.
     flipped.datasets[0].data = tasks.dataset[1].data
-    assert _whole.whole(flipped) is None
+    assert _whole.whole(flipped, set()) is None
     first, second = tasks.dataset.labels[:2]
     tasks.dataset.data[first] = tasks.dataset.data[second]
     assert shape(0, 3) == (3, 3, 3) and torch.equal(tasks[0, 1][0][0], tasks[0, 1][4][0])
@@ -1100,7 +1105,7 @@ def test_targets_that_are_no_class_numbers(tmp_path: Path, target: Any) -> None:
     if target is tf.Categorical:
         target = type("Own", (tf.Categorical,), {"__call__": lambda self, pair: 1})(2)
     task = small(tmp_path, target_transform=target)[0, 1]
-    assert _whole.whole(task) is None
+    assert _whole.whole(task, set()) is None
     assert len(BatchMetaCollate(default_collate).collate_task(task)) == 2
 
 
@@ -1108,12 +1113,12 @@ def test_a_subclass_of_the_samples_is_asked_for_each(tmp_path: Path) -> None:
     tasks = small(tmp_path)
     task = tasks[0, 1]
     task.datasets[0].__class__ = type("Own", (_classes.ImagesOfClass,), {})
-    assert _whole.whole(task) is None
+    assert _whole.whole(task, set()) is None
     own = tasks[0, 1]
     own.__class__ = type("OwnTask", (tm.ConcatTask,), {})
-    assert _whole.whole(own) is None and _whole.whole(Subset(tasks[0, 1], [0])) is None
-    assert _whole.whole(tm.SubsetTask(tasks[0, 1], [])) is None
-    assert _whole.whole(tm.SubsetTask(tasks[0, 1], [8])) is None
+    assert _whole.whole(own, set()) is None and _whole.whole(Subset(tasks[0, 1], [0]), set()) is None
+    assert _whole.whole(tm.SubsetTask(tasks[0, 1], []), set()) is None
+    assert _whole.whole(tm.SubsetTask(tasks[0, 1], [8]), set()) is None
 
 
 def test_images_beyond_the_budget_are_read_every_time(
@@ -1122,21 +1127,21 @@ def test_images_beyond_the_budget_are_read_every_time(
     # One class of 4 images of 6 x 6 with 3 channels.
     monkeypatch.setattr(_classes, "KEPT", 4 * 3 * 36 + 5)
     tasks = small(tmp_path, 1)
-    assert _whole.whole(tasks[(0,)]) is not None and _whole.whole(tasks[(1,)]) is None
-    assert _whole.whole(tasks[(0,)]) is not None
+    assert _whole.whole(tasks[(0,)], set()) is not None and _whole.whole(tasks[(1,)], set()) is None
+    assert _whole.whole(tasks[(0,)], set()) is not None
 
 
 def test_images_of_different_sizes(tmp_path: Path) -> None:
     tasks = small(tmp_path, 1)
     home = tmp_path / "doublemnist" / "double_mnist_seed_123_image_size_64_64" / "train"
     picture(6, 9).save(home / "01" / "2.png")
-    assert _whole.whole(tasks[(0,)]) is None
+    assert _whole.whole(tasks[(0,)], set()) is None
     assert tasks[(0,)][2][0].shape == (3, 6, 9)
     # Two classes, each of one size of its own.
     for row in range(4):
         picture(5, 5).save(home / "07" / f"{row}.png")
     both = tm.ConcatTask([tasks.dataset[1], tasks.dataset[2]], 2, target_transform=tf.Categorical(2))
-    assert _whole.whole(both) is None
+    assert _whole.whole(both, set()) is None
 
 
 def test_arrays_serve_without_a_copy(tmp_path: Path) -> None:

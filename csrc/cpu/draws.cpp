@@ -195,39 +195,18 @@ PyObject* shuffle(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (Py_ssize_t last = n - 1; last > 0; --last) {
     const Py_ssize_t j = draws.below(last + 1);
     if (j < 0) return nullptr;
-    PyObject* first = PyList_GetItem(values, j);
-    Py_XINCREF(first);
-    PyObject* second = PyList_GetItem(values, last);
-    Py_XINCREF(second);
-    if (!first || !second) {
-      Py_XDECREF(first);
-      Py_XDECREF(second);
-      return nullptr;
-    }
-    if (PyList_SetItem(values, j, second) != 0 || PyList_SetItem(values, last, first) != 0) return nullptr;
+    Owned first(Py_XNewRef(PyList_GetItem(values, j))), second(Py_XNewRef(PyList_GetItem(values, last)));
+    if (!first || !second) return nullptr;
+    if (PyList_SetItem(values, j, second.release()) != 0) return nullptr;
+    if (PyList_SetItem(values, last, first.release()) != 0) return nullptr;
   }
   return Py_NewRef(Py_None);
 }
 
-// One number of 64 bits for each row of a part of a task.
-class Numbers {
- public:
-  explicit Numbers(Py_ssize_t rows) : bytes_(PyByteArray_FromStringAndSize(nullptr, rows * 8)) {
-    if (bytes_) next_ = reinterpret_cast<int64_t*>(PyByteArray_AsString(bytes_.get()));
-  }
-  explicit operator bool() const { return bytes_ != nullptr; }
-  void append(int64_t number) { *next_++ = number; }
-  PyObject* get() const { return bytes_.get(); }
-
- private:
-  Owned bytes_;
-  int64_t* next_ = nullptr;
-};
-
 // split_rows(items, labels, ways, shots, queries): of each of the `ways` runs of items the first `shots` are of the support
-// set, the others queries. Gives the items of both parts and the places of their labels in the list of the different ones,
-// as bytearrays of int64, and that list, in the order of a set of the labels of items. None where an item is no row of
-// labels or a label is no int of 64 bits.
+// set, the others queries. Gives one bytearray of int64, which are the items of the support set, those of the queries, and
+// for both the places of their labels among the different ones; and a list of these, in the order of a set of the labels
+// of items. None where an item is no row of labels or a label is no int of 64 bits.
 PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!expect("split_rows", 5, count)) return nullptr;
   PyObject *items = arguments[0], *labels = arguments[1];
@@ -244,9 +223,13 @@ PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                         rows);
   }
   const Py_ssize_t supports = ways > 0 ? ways * shots : 0;
-  Numbers support(supports), query(rows - supports), of_support(supports), of_query(rows - supports);
-  const Owned different(PySet_New(nullptr));
-  if (!support || !query || !of_support || !of_query || !different) return nullptr;
+  const Owned parts(PyByteArray_FromStringAndSize(nullptr, 2 * 8 * rows)), different(PySet_New(nullptr));
+  if (!parts || !different) return nullptr;
+  int64_t* const places = reinterpret_cast<int64_t*>(PyByteArray_AsString(parts.get()));
+  const auto part_of = [&](Py_ssize_t i) {
+    const Py_ssize_t way = i / each, row = i % each;
+    return row < shots ? way * shots + row : supports + way * queries + row - shots;
+  };
   std::vector<int64_t> values(rows);
   for (Py_ssize_t i = 0; i < rows; ++i) {
     PyObject* item = PyList_GetItem(items, i);
@@ -259,7 +242,7 @@ PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     values[i] = PyLong_AsLongLongAndOverflow(label, &overflow);
     if (overflow != 0) return Py_NewRef(Py_None);
     if ((i == 0 || values[i] != values[i - 1]) && PySet_Add(different.get(), label) != 0) return nullptr;
-    (i % each < shots ? support : query).append(place);
+    places[part_of(i)] = place;
   }
   const Owned classes(PySequence_List(different.get()));
   if (!classes) return nullptr;
@@ -270,9 +253,9 @@ PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   int64_t number = 0;
   for (Py_ssize_t i = 0; i < rows; ++i) {
     if (i == 0 || values[i] != values[i - 1]) number = numbers[values[i]];
-    (i % each < shots ? of_support : of_query).append(number);
+    places[rows + part_of(i)] = number;
   }
-  return PyTuple_Pack(5, support.get(), query.get(), of_support.get(), of_query.get(), classes.get());
+  return PyTuple_Pack(2, parts.get(), classes.get());
 }
 
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);

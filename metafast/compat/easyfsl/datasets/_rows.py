@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +36,17 @@ class Rows(Sequence[Any]):
         """
         if type(self.labels) is not list or type(self.items) is not list:
             return None
-        parts = _C.split_rows(self.items, self.labels, ways, shots, queries)
-        if parts is None:
+        found = _C.split_rows(self.items, self.labels, ways, shots, queries)
+        if found is None:
             return None
-        support, query, support_labels, query_labels = (_tensor(part) for part in parts[:4])
-        return self._images(support), support_labels, self._images(query), query_labels, parts[4]
+        numbers, rows, supports = np.frombuffer(found[0], np.int64), len(self.items), ways * shots
+        return (
+            self._images(torch.from_numpy(numbers[:supports])),
+            torch.from_numpy(numbers[rows : rows + supports]),
+            self._images(torch.from_numpy(numbers[supports:rows])),
+            torch.from_numpy(numbers[rows + supports :]),
+            found[1],
+        )
 
     def _images(self, rows: Tensor) -> Tensor:
         return self.source.index_select(0, rows if self.source.is_cpu else rows.to(self.source.device))
@@ -56,7 +63,3 @@ class Rows(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         images = self._images(torch.tensor(self.items, dtype=torch.int64)).unbind()
         return zip(images, (self.labels[item] for item in self.items), strict=True)
-
-
-def _tensor(numbers: bytearray) -> Tensor:
-    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)

@@ -61,12 +61,16 @@ class ImagesOfClass(Dataset, GivesSamples):
             target = self.target_transform(target)
         return image, target
 
-    def _at_once(self, rows: NDArray[np.int64]) -> Samples | None:
+    def _at_once(self, rows: NDArray[np.int64], steady: set[Any]) -> Samples | None:
         kept = self._kept
         if type(self) is not ImagesOfClass or kept is None or self.transform is not kept.transform:
             return None
-        if self.data is not kept.images or rows.max() >= len(self) or not kept.steady():
+        if self.data is not kept.images or rows.max() >= len(self):
             return None
+        if kept not in steady:
+            if not kept.steady():
+                return None
+            steady.add(kept)
         number = self._number()
         inputs = None if number is None else kept.pixels.rows(rows, kept.budget)
         return None if inputs is None or number is None else Samples(inputs, number, kept.finish)

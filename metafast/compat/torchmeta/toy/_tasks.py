@@ -55,7 +55,7 @@ class RegressionTask(Task, GivesSamples):
             y if self.target_transform is None else self.target_transform(y),
         )
 
-    def _at_once(self, rows: NDArray[np.int64]) -> Samples | None:
+    def _at_once(self, rows: NDArray[np.int64], steady: set[Any]) -> Samples | None:
         if type(self).__getitem__ is not RegressionTask.__getitem__ or rows.max() >= self.num_samples:
             return None
         if self.transform is not None or self.target_transform is not None:

@@ -134,7 +134,9 @@ class _PerClass(Splitter):
         counts = self._rows({name: len(members) for name, members in classes.items()})
         for number, (members, rows) in enumerate(zip(classes.values(), counts, strict=True)):
             for split, part in self._parts(rows, hash(task) + number):
-                found[split] += [members[row] for row in part.tolist()]
+                taken = part.tolist()
+                # The rows of a regression task are their own numbers.
+                found[split] += taken if type(members) is range else [members[row] for row in taken]
         return found
 
     def get_indices_concattask(self, task: ConcatTask) -> OrderedDict[str, list[int]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from metafast.compat.torchmeta.utils.data.task import ConcatTask, SubsetTask
 Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Some samples of a data set.
 
     Attributes:
@@ -45,27 +43,33 @@ class Samples:
 class GivesSamples:
     """A data set of this package that can give many samples at once."""
 
-    def _at_once(self, rows: Rows) -> Samples | None:
-        """Those of some rows; None: they are to be asked for each."""
+    def _at_once(self, rows: Rows, steady: set[Any]) -> Samples | None:
+        """Those of some rows; None: they are to be asked for each.
+
+        Args:
+            rows: one or more of them.
+            steady: what was found to draw nothing, while a batch is put together.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no _at_once")
 
 
-@dataclass(frozen=True)
 class Whole:
     """All samples of a task, those of each class at once."""
 
-    parts: list[Samples]
+    def __init__(self, parts: list[Samples], rows: int) -> None:
+        self.parts = parts
+        self.rows = rows
 
-    def __len__(self) -> int:
-        return sum(part.inputs.shape[0] for part in self.parts)
 
-
-def whole(task: Any) -> Whole | None:
+def whole(task: Any, steady: set[Any]) -> Whole | None:
     """The samples of a task, of data sets that are :class:`GivesSamples`; None: they are to be asked for each."""
-    rows = np.arange(len(task))
+    rows: Rows | None = None
     while type(task) is SubsetTask:
-        rows = np.asarray(task.indices, dtype=np.int64)[rows]
+        own = np.asarray(task.indices, dtype=np.int64)
+        rows = own if rows is None else own[rows]
         task = task.dataset
+    if rows is None:
+        rows = np.arange(len(task))
     if not len(rows) or rows.min() < 0:
         return None
     if type(task) is not ConcatTask:
@@ -83,11 +87,11 @@ def whole(task: Any) -> Whole | None:
         ]
     found: list[Samples] = []
     for dataset, wanted in parts:
-        samples = dataset._at_once(wanted) if isinstance(dataset, GivesSamples) else None
+        samples = dataset._at_once(wanted, steady) if isinstance(dataset, GivesSamples) else None
         if samples is None or (found and not samples.alike(found[0])):
             return None
         found.append(samples)
-    return Whole(found)
+    return Whole(found, len(rows))
 
 
 def collated(tasks: Sequence[Any]) -> Any:
@@ -96,9 +100,9 @@ def collated(tasks: Sequence[Any]) -> Any:
     if isinstance(first, OrderedDict) and all(task.keys() == first.keys() for task in tasks):
         return OrderedDict((name, collated([task[name] for task in tasks])) for name in first)
     if isinstance(first, Whole):
-        rows, begin = len(first), first.parts[0]
+        rows, begin = first.rows, first.parts[0]
         if all(
-            isinstance(task, Whole) and len(task) == rows and task.parts[0].alike(begin) for task in tasks
+            isinstance(task, Whole) and task.rows == rows and task.parts[0].alike(begin) for task in tasks
         ):
             found = _finished([part for task in tasks for part in task.parts])
             return [values.unflatten(0, (len(tasks), rows)) for values in found]

@@ -35,22 +35,23 @@ class BatchMetaCollate:
         Raises:
             NotImplementedError: something else than a task.
         """
-        return alone(self._asked(task))
+        return alone(self._asked(task, set()))
 
     def __call__(self, batch: list[Any]) -> Any:
         if self.collate_fn is not default_collate or type(self) is not BatchMetaCollate:
             return self.collate_fn([self.collate_task(task) for task in batch])
-        return collated([self._asked(task) for task in batch])
+        steady: set[Any] = set()
+        return collated([self._asked(task, steady) for task in batch])
 
-    def _asked(self, task: Any) -> Any:
+    def _asked(self, task: Any, steady: set[Any]) -> Any:
         """The samples of one task, put together, or all at once and not finished."""
         if isinstance(task, OrderedDict):
-            return OrderedDict((name, self._asked(part)) for name, part in task.items())
+            return OrderedDict((name, self._asked(part, steady)) for name, part in task.items())
         if not isinstance(task, TorchDataset):
             raise NotImplementedError(
                 f"task: expected a torch Dataset or an OrderedDict of them, got {type(task).__name__}"
             )
-        found = whole(task) if self.collate_fn is default_collate else None
+        found = whole(task, steady) if self.collate_fn is default_collate else None
         return self.collate_fn([task[row] for row in range(len(task))]) if found is None else found  # type: ignore[arg-type]
 
 
