@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,37 +96,15 @@ class MatchingNetworks(FewShotClassifier):
 
     def encode_query_features(self, query_features: Tensor) -> Tensor:
         """Query features ``[m, d]`` in the context of the support set."""
-        support = self.contextualized_support_features
-        step = self._step(query_features, support)
+        support, reader = self.contextualized_support_features, self.query_features_encoding_cell
+        if type(reader) is nn.LSTMCell and not is_hooked(reader) and reader.bias_ih is not None:
+            return _read(reader, query_features, support)
         hidden, cell = query_features, torch.zeros_like(query_features)
         for _ in range(len(support)):
-            hidden, cell = step((hidden @ support.T).softmax(1), hidden, cell)
+            read_out = (hidden @ support.T).softmax(1) @ support
+            hidden, cell = reader(torch.cat((query_features, read_out), 1), (hidden, cell))
             hidden = hidden + query_features
         return hidden
-
-    def _step(
-        self, queries: Tensor, support: Tensor
-    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """From attention ``[m, n]`` and the two states to the new states."""
-        reader = self.query_features_encoding_cell
-        if type(reader) is not nn.LSTMCell or is_hooked(reader) or reader.bias_ih is None:
-            return lambda attention, hidden, cell: reader(
-                torch.cat((queries, attention @ support), 1), (hidden, cell)
-            )
-        # What the cell makes of the queries and of the support rows is the same in every step.
-        of_input, of_hidden = _sigmoids_first(reader.weight_ih), _sigmoids_first(reader.weight_hh)
-        of_queries, of_support = of_input.chunk(2, dim=1)
-        fixed = linear(queries, of_queries, _sigmoids_first(reader.bias_ih + reader.bias_hh))
-        weight = torch.cat((support @ of_support.T, of_hidden.T))
-        width = 3 * reader.hidden_size
-
-        def step(attention: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-            gates = torch.addmm(fixed, torch.cat((attention, hidden), 1), weight)
-            entered, kept, shown = gates[:, :width].sigmoid().chunk(3, dim=1)
-            cell = torch.addcmul(kept * cell, entered, gates[:, width:].tanh())
-            return shown * cell.tanh(), cell
-
-        return step
 
     def _validate_features_shape(self, features: Tensor) -> None:
         self._raise_error_if_features_are_multi_dimensional(features)
@@ -142,7 +119,26 @@ class MatchingNetworks(FewShotClassifier):
         return False
 
 
-def _sigmoids_first(parameter: Tensor) -> Tensor:
-    """The rows of an LSTM's gates, with the only one that has no sigmoid, the third, at the end."""
-    entered, kept, new, shown = parameter.chunk(4)
-    return torch.cat((entered, kept, shown, new))
+def _read(reader: nn.LSTMCell, queries: Tensor, support: Tensor) -> Tensor:
+    """What an LSTM cell reads with attention, in as few operations as there can be, for they are small."""
+    rows = len(support)
+    # tanh(x) = 2 sigmoid(2 x) - 1, so that all gates are sigmoids, whose third is of twice its input.
+    of_input, of_hidden, bias = (
+        torch.cat((kept, 2 * new, shown))
+        for kept, new, shown in (
+            parameter.tensor_split((2 * reader.hidden_size, 3 * reader.hidden_size))
+            for parameter in (reader.weight_ih, reader.weight_hh, reader.bias_ih + reader.bias_hh)
+        )
+    )
+    # What the cell makes of the queries and of the support rows is the same in every step.
+    of_queries, of_support = of_input.chunk(2, dim=1)
+    fixed = nn.functional.pad(linear(queries, of_queries, bias), (rows, 0))
+    of_attention, of_state = support @ of_support.T, torch.cat((support, of_hidden)).T
+    hidden, twice_cell = queries, torch.zeros_like(queries)
+    for _ in range(rows):
+        scores, gates = torch.addmm(fixed, hidden, of_state).tensor_split((rows,), dim=1)
+        gates = torch.addmm(gates, scores.softmax(1), of_attention).sigmoid()
+        entered, kept, new, shown = gates.chunk(4, dim=1)
+        twice_cell = torch.addcmul(torch.sub(kept * twice_cell, entered, alpha=2), entered, new, value=4)
+        hidden = torch.addcmul(queries - shown, shown, twice_cell.sigmoid(), value=2)
+    return hidden
