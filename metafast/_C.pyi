@@ -1,7 +1,7 @@
 """What the compiled library has for Python, beside the operators of torch.ops.metafast."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -16,6 +16,9 @@ def sample_task(
     /,
 ) -> list[U]: ...
 def shuffle(getrandbits: Callable[[int], int], values: list[T], /) -> None: ...
+def split_orders(
+    generator: Any, seeds: list[int], rows: list[int], first: list[int], counts: list[list[int]], /
+) -> list[list[int]]: ...
 def split_rows(
     items: list[int], labels: list[T], ways: int, shots: int, queries: int, /
 ) -> tuple[bytearray, list[T]] | None: ...

@@ -1,11 +1,14 @@
-// The draws of Python's random and the rows of a task made of them, where the interpreter would take most of the time.
+// The draws of Python's random and of NumPy's RandomState, and the rows of a task made of them, where the interpreter
+// would take most of the time.
 #include "cpu/draws.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace metafast {
@@ -258,6 +261,119 @@ PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return PyTuple_Pack(2, parts.get(), classes.get());
 }
 
+// NumPy's bitgen_t, which the capsule of a bit generator holds: how other libraries draw from its stream.
+struct BitGenerator {
+  void* state;
+  uint64_t (*next_uint64)(void*);
+  uint32_t (*next_uint32)(void*);
+  double (*next_double)(void*);
+  uint64_t (*next_raw)(void*);
+};
+
+// The words of numpy.random.RandomState(seed): Matsumoto and Nishimura's MT19937, seeded by one number.
+class MersenneTwister {
+ public:
+  explicit MersenneTwister(uint32_t seed) {
+    for (uint32_t i = 0; i < kSize; ++i) {
+      words_[i] = seed;
+      seed = 1812433253u * (seed ^ seed >> 30) + i + 1;
+    }
+  }
+
+  // Words are made when they are asked for, since a permutation takes few of them.
+  uint32_t next() {
+    const uint32_t after = next_ + 1 < kSize ? next_ + 1 : 0,
+                   far = next_ + (next_ < kSize - kFar ? kFar : kFar - kSize);
+    const uint32_t mixed = (words_[next_] & 0x80000000u) | (words_[after] & 0x7fffffffu);
+    uint32_t word = words_[next_] = words_[far] ^ mixed >> 1 ^ (mixed & 1 ? 0x9908b0dfu : 0u);
+    next_ = after;
+    word ^= word >> 11;
+    word ^= word << 7 & 0x9d2c5680u;
+    word ^= word << 15 & 0xefc60000u;
+    return word ^ word >> 18;
+  }
+
+ private:
+  static constexpr uint32_t kSize = 624, kFar = 397;
+  uint32_t words_[kSize];
+  uint32_t next_ = 0;
+};
+
+// RandomState.shuffle of a vector; `word` gives the next 32 bits.
+template <typename Word>
+void shuffle_legacy(int64_t* values, int64_t count, Word word) {
+  for (int64_t last = count - 1; last > 0; --last) {
+    const uint32_t mask = ~uint32_t{0} >> __builtin_clz(static_cast<uint32_t>(last));
+    int64_t other = 0;
+    do other = word() & mask;
+    while (other > last);
+    std::swap(values[last], values[other]);
+  }
+}
+
+// `count` numbers of a list, each 0 or more and below 2^32; false with an error set where it has others.
+bool read_numbers(const char* name, PyObject* list, Py_ssize_t count, std::vector<int64_t>& numbers) {
+  if (!is_list(name, list)) return false;
+  if (PyList_Size(list) != count) {
+    PyErr_Format(PyExc_ValueError, "%s: expected %zd numbers, got %zd", name, count, PyList_Size(list));
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const long long number = PyLong_AsLongLong(PyList_GetItem(list, i));
+    if (number == -1 && PyErr_Occurred()) return false;
+    if (number < 0 || number >> 32 != 0) {
+      PyErr_Format(PyExc_ValueError, "%s: expected 0 or more and less than 2^32, got %lld", name, number);
+      return false;
+    }
+    numbers.push_back(number);
+  }
+  return true;
+}
+
+// split_orders(generator, seeds, rows, first, counts): the rows of each class in the order of
+// numpy.random.RandomState(seed).permutation(rows), parted: for each split the next counts[split][class] of them, as far as
+// there are as many, which RandomState.shuffle brings into another order by words of `generator`, the capsule of its bit
+// generator. Gives a list for each split, of the rows of one class after the other, each of them `first` of its class more.
+PyObject* split_orders(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!expect("split_orders", 5, count)) return nullptr;
+  const auto* generator = static_cast<BitGenerator*>(PyCapsule_GetPointer(arguments[0], "BitGenerator"));
+  if (generator == nullptr || !is_list("seeds", arguments[1]) || !is_list("counts", arguments[4])) return nullptr;
+  const Py_ssize_t classes = PyList_Size(arguments[1]), splits = PyList_Size(arguments[4]);
+  std::vector<int64_t> seeds, rows, first, counts;
+  if (!read_numbers("seeds", arguments[1], classes, seeds) || !read_numbers("rows", arguments[2], classes, rows) ||
+      !read_numbers("first", arguments[3], classes, first)) {
+    return nullptr;
+  }
+  for (Py_ssize_t split = 0; split < splits; ++split) {
+    if (!read_numbers("counts", PyList_GetItem(arguments[4], split), classes, counts)) return nullptr;
+  }
+  std::vector<std::vector<int64_t>> found(splits);
+  std::vector<int64_t> order;
+  for (Py_ssize_t i = 0; i < classes; ++i) {
+    order.resize(rows[i]);
+    std::iota(order.begin(), order.end(), int64_t{0});
+    MersenneTwister words(static_cast<uint32_t>(seeds[i]));
+    shuffle_legacy(order.data(), rows[i], [&] { return words.next(); });
+    int64_t begin = 0;
+    for (Py_ssize_t split = 0; split < splits; ++split) {
+      const int64_t taken = std::min(counts[split * classes + i], rows[i] - begin);
+      shuffle_legacy(order.data() + begin, taken, [&] { return generator->next_uint32(generator->state); });
+      for (const int64_t end = begin + taken; begin < end; ++begin) found[split].push_back(first[i] + order[begin]);
+    }
+  }
+  Owned parts(PyList_New(0));
+  if (!parts) return nullptr;
+  for (const std::vector<int64_t>& part : found) {
+    const Owned list(PyList_New(0));
+    if (!list || PyList_Append(parts.get(), list.get()) != 0) return nullptr;
+    for (const int64_t row : part) {
+      const Owned number(PyLong_FromLongLong(row));
+      if (!number || PyList_Append(list.get(), number.get()) != 0) return nullptr;
+    }
+  }
+  return parts.release();
+}
+
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 
 // A function for Python, which knows no C++ exceptions.
@@ -282,6 +398,7 @@ PyMethodDef draws_methods[] = {
     {"sample", erased<sample>(), METH_FASTCALL, nullptr},
     {"sample_task", erased<sample_task>(), METH_FASTCALL, nullptr},
     {"shuffle", erased<shuffle>(), METH_FASTCALL, nullptr},
+    {"split_orders", erased<split_orders>(), METH_FASTCALL, nullptr},
     {"split_rows", erased<split_rows>(), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

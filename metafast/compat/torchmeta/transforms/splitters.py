@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from metafast import _check
-from metafast.compat import absent
+from metafast.compat import _draws, absent
 from metafast.compat.torchmeta import _numbers
 from metafast.compat.torchmeta.transforms.utils import apply_wrapper
 from metafast.compat.torchmeta.utils.data.task import ConcatTask, SubsetTask, Task
@@ -93,7 +93,6 @@ class _PerClass(Splitter):
     def __init__(self, shuffle: bool, splits: Mapping[str, Any], least: int, random_state_seed: int) -> None:
         self.shuffle = shuffle
         self._min_samples_per_class = least
-        self._of_class = np.random.RandomState(0)
         super().__init__(splits, random_state_seed)
 
     def _count(self, split: str, rows: int) -> int:
@@ -114,41 +113,39 @@ class _PerClass(Splitter):
                 )
         return list(sizes.values())
 
-    def _parts(self, rows: int, key: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    def _parted(
+        self, sizes: Sequence[int], counts: Sequence[int], keys: Sequence[int]
+    ) -> OrderedDict[str, list[int]]:
+        """For each split the numbers of its rows, where those of a class follow the ``sizes`` of the ones before."""
+        first = [0, *accumulate(sizes)][:-1]
+        wanted = [[self._count(split, rows) for rows in counts] for split in self.splits]
         if self.shuffle:
-            self._of_class.seed((key + self.random_state_seed) % 2**32)
-            order = self._of_class.permutation(rows)
-        else:
-            order = np.arange(rows)
-        begin = 0
-        for split in self.splits:
-            part = order[begin : begin + self._count(split, rows)]
-            begin += len(part)
-            if self.shuffle:
-                self.np_random.shuffle(part)
-            yield split, part
+            seeds = [(key + self.random_state_seed) % 2**32 for key in keys]
+            parts = _draws.split_orders(self.np_random, seeds, list(counts), first, wanted)
+            return OrderedDict(zip(self.splits, parts, strict=True))
+        found: OrderedDict[str, list[int]] = OrderedDict()
+        begin = [0] * len(first)
+        for split, taken in zip(self.splits, wanted, strict=True):
+            end = [min(b + t, rows) for b, t, rows in zip(begin, taken, counts, strict=True)]
+            found[split] = [f + row for f, b, e in zip(first, begin, end, strict=True) for row in range(b, e)]
+            begin = end
+        return found
 
     def get_indices_task(self, task: Task) -> OrderedDict[str, list[int]]:
-        found: OrderedDict[str, list[int]] = OrderedDict((split, []) for split in self.splits)
         classes = self._get_class_indices(task)
-        counts = self._rows({name: len(members) for name, members in classes.items()})
-        for number, (members, rows) in enumerate(zip(classes.values(), counts, strict=True)):
-            for split, part in self._parts(rows, hash(task) + number):
-                taken = part.tolist()
-                # The rows of a regression task are their own numbers.
-                found[split] += taken if type(members) is range else [members[row] for row in taken]
-        return found
+        sizes = {name: len(members) for name, members in classes.items()}
+        key = hash(task)
+        found = self._parted(list(sizes.values()), self._rows(sizes), [key + k for k in range(len(sizes))])
+        if all(type(members) is range for members in classes.values()):
+            return found
+        rows = [row for members in classes.values() for row in members]
+        return OrderedDict((split, [rows[k] for k in taken]) for split, taken in found.items())
 
     def get_indices_concattask(self, task: ConcatTask) -> OrderedDict[str, list[int]]:
-        found: OrderedDict[str, list[int]] = OrderedDict((split, []) for split in self.splits)
         sizes = [len(dataset) for dataset in task.datasets]  # type: ignore[arg-type]
-        counts = self._rows(dict(enumerate(sizes)))
-        first, key = 0, hash(task)
-        for dataset, size, rows in zip(task.datasets, sizes, counts, strict=True):
-            for split, part in self._parts(rows, key + hash(dataset)):
-                found[split] += (part + first).tolist()
-            first += size
-        return found
+        key = hash(task)
+        keys = [key + hash(dataset) for dataset in task.datasets]
+        return self._parted(sizes, self._rows(dict(enumerate(sizes))), keys)
 
 
 class ClassSplitter_(_PerClass):
