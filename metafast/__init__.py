@@ -1,6 +1,7 @@
 """Fast few-shot and meta-learning in PyTorch."""
 
 from metafast import data, learners, reference
+from metafast.attention_lstm import attention_lstm
 from metafast.backbones import MLP, Conv4
 from metafast.conv_block import conv_norm_relu_pool
 from metafast.data import Episodes, EpisodeSampler, FixedEpisodes, check
@@ -30,6 +31,7 @@ __all__ = [
     "adapted_logits",
     "adapted_mlp",
     "analyze",
+    "attention_lstm",
     "cdist",
     "check",
     "conv_norm_relu_pool",

@@ -248,6 +248,36 @@ def matching_log_probs(
     return of_class - scores.logsumexp(-1, keepdim=True)
 
 
+def attention_lstm(
+    support: Tensor,
+    query: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    steps: int,
+    *,
+    hidden: Tensor | None = None,
+    cell: Tensor | None = None,
+) -> Tensor:
+    """``h, c = LSTM([f, softmax(h g^T) g], (h, c)); h = h + f``, ``steps`` times: ``[..., m, d]``.
+
+    Half inputs are promoted to float32.
+    """
+    if support.dtype in (torch.bfloat16, torch.float16):
+        support, query, weight_ih, weight_hh = (v.float() for v in (support, query, weight_ih, weight_hh))
+        bias, hidden, cell = (None if v is None else v.float() for v in (bias, hidden, cell))
+    hidden = query if hidden is None else hidden
+    cell = torch.zeros_like(query) if cell is None else cell
+    for _ in range(steps):
+        read = (hidden @ support.mT).softmax(-1) @ support
+        lead = torch.broadcast_shapes(query.shape, read.shape)
+        gates = torch.cat([query.expand(lead), read.expand(lead)], -1) @ weight_ih.mT + hidden @ weight_hh.mT
+        entered, kept, new, shown = (gates if bias is None else gates + bias).chunk(4, -1)
+        cell = kept.sigmoid() * cell + entered.sigmoid() * new.tanh()
+        hidden = shown.sigmoid() * cell.tanh() + query
+    return hidden
+
+
 def ridge_logits(
     support: Tensor,
     labels: Tensor,

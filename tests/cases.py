@@ -28,7 +28,9 @@ class Input:
     """One tensor argument: the names of its sizes (or these) after the leading dimensions, and what its entries are."""
 
     shape: str
-    kind: str = "features"  # or "far" (from 0), "positive", or "labels" (class numbers)
+    kind: str = (
+        "features"  # or "far" (from 0), "unit" (rows that long, about), "positive", "labels" (class numbers)
+    )
     per_task: bool = True  # False: it has no leading dimensions
 
     @property
@@ -42,7 +44,7 @@ class Input:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        sizes = {"K": STEPS, **sizes}
+        sizes = {"K": STEPS, "2d": 2 * sizes["d"], "4d": 4 * sizes["d"], **sizes}
         own = (int(name) if name.isdigit() else sizes[name] for name in self.shape.split())
         shape = (*(lead if self.per_task else ()), *own)
         if self.kind == "labels":
@@ -50,6 +52,8 @@ class Input:
         if self.kind == "positive":
             return (torch.rand(shape, dtype=torch.float64) + 0.5).to(device, dtype)
         features = torch.randn(shape, dtype=torch.float64)
+        if self.kind == "unit":
+            features = features / max(1, shape[-1]) ** 0.5
         return (features + features.sign() if self.kind == "far" else features).to(device, dtype)
 
 
@@ -362,6 +366,29 @@ def _matching() -> Case:
     )
 
 
+def _reading() -> Case:
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda s, q, ih, hh, bias, h, c, _: function(s, q, ih, hh, bias, STEPS, hidden=h, cell=c)
+
+    return Case(
+        "attention_lstm",
+        call(metafast.attention_lstm),
+        call(reference.attention_lstm),
+        {
+            "support": Input("n d", "unit"),
+            "query": Input("m d"),
+            "weight_ih": Input("4d 2d", "unit", per_task=False),
+            "weight_hh": Input("4d d", "unit", per_task=False),
+            "bias": Input("4d", per_task=False),
+            "hidden": Input("m d"),
+            "cell": Input("m d"),
+        },
+        kernels_only=False,
+        promotes=True,
+        emulated=False,
+    )
+
+
 def _update(name: str, rates: Mapping[str, Input], rate: float | None = None) -> Case:
     """Two parameters, then their gradients, then the rates."""
 
@@ -609,6 +636,7 @@ CASES = (
         offset=Input(""),
     ),
     _matching(),
+    _reading(),
     _norm("batch", Input("2 d 2 3"), per_task=False),
     _norm("batch-no_pool", Input("3 d 1 2"), per_task=True, pool=False),
     _conv_block("batch", Input("2 1 2 3"), per_task=False),

@@ -35,9 +35,11 @@ PYTHON = {
         "PyLong_AsLongLong",
         "PyLong_AsLongLongAndOverflow",
         "PyLong_AsSsize_t",
+        "PyLong_FromLongLong",
         "PyLong_FromSsize_t",
         "PyLong_Type",
     ),
+    "PyCapsule_GetPointer",
     *("PyObject_CallFunctionObjArgs", "PyObject_CallMethod", "PyObject_GetItem"),
     *("PySequence_GetItem", "PySequence_List", "PySequence_Size"),
 }

@@ -1,4 +1,4 @@
-"""The compiled draws of tasks: those of Python's random, from the same words of its stream."""
+"""The compiled draws of tasks: those of Python's random and of NumPy's, from the same words of their streams."""
 
 from __future__ import annotations
 
@@ -151,3 +151,66 @@ def test_rows_that_python_has_to_look_at(items: list[int], labels: list[Any]) ->
 def test_rows_that_are_no_task(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _C.split_rows(*arguments)
+
+
+def orders_by_numpy(
+    generator: np.random.RandomState,
+    seeds: list[int],
+    rows: list[int],
+    first: list[int],
+    counts: list[list[int]],
+) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in counts]
+    for k, seed in enumerate(seeds):
+        order, begin = np.random.RandomState(seed).permutation(rows[k]), 0
+        for split, count in enumerate(counts):
+            part = order[begin : begin + count[k]]
+            begin += len(part)
+            generator.shuffle(part)
+            found[split] += (part + first[k]).tolist()
+    return found
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.PCG64])
+def test_orders_are_those_of_numpy(bits: Callable[[int], Any]) -> None:
+    """Permutations longer than the 624 words of the generator's state too, and both generators go on alike."""
+    draw = random.Random(0)
+    ours, theirs = (np.random.RandomState(bits(5)) for _ in range(2))
+    for classes in (0, 1, 2, 5):
+        for splits in (0, 1, 2, 3):
+            seeds = [draw.choice([0, 1, 2**32 - 1, draw.randrange(2**32)]) for _ in range(classes)]
+            rows = [draw.choice([0, 1, 2, 3, 4, 5, 31, 32, 33, 600, 3000]) for _ in seeds]
+            first = [draw.randrange(10**6) for _ in seeds]
+            counts = [[draw.choice([0, 1, 5, 15, 700, 2**31]) for _ in seeds] for _ in range(splits)]
+            arguments = seeds, rows, first, counts
+            assert _draws.split_orders(ours, *arguments) == orders_by_numpy(theirs, *arguments)
+            assert ours.uniform() == theirs.uniform()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0], [2], [0]), TypeError, "split_orders: expected 5 arguments, got 4"),
+        (((0,), [2], [0], [[1]]), TypeError, "seeds: expected a list"),
+        (([0], (2,), [0], [[1]]), TypeError, "rows: expected a list"),
+        (([0], [2], [0], [(1,)]), TypeError, "counts: expected a list"),
+        (([0], [2], [0], ([1],)), TypeError, "counts: expected a list"),
+        (([0], [2], [0, 1], [[1]]), ValueError, "first: expected 1 numbers, got 2"),
+        (([0], [2], [0], [[1], []]), ValueError, "counts: expected 1 numbers, got 0"),
+        (([0], [-1], [0], [[1]]), ValueError, r"rows: expected 0 or more and less than 2\^32, got -1"),
+        (([2**32], [1], [0], [[1]]), ValueError, r"seeds: .* got 4294967296"),
+        (([0], [1.0], [0], [[1]]), TypeError, "int"),
+        (([2**70], [1], [0], [[1]]), OverflowError, "too big"),
+    ],
+)
+def test_orders_that_cannot_be_made(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    generator = np.random.RandomState(0)
+    with pytest.raises(error, match=message):
+        _C.split_orders(generator._bit_generator.capsule, *arguments)
+
+
+def test_orders_of_another_generator() -> None:
+    with pytest.raises(TypeError, match=r"np_random: expected a numpy.random.RandomState, got Generator"):
+        _draws.split_orders(np.random.default_rng(0), [0], [2], [0], [[1]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="PyCapsule"):
+        _C.split_orders(object(), [0], [2], [0], [[1]])

@@ -16,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import metafast
 from metafast import conv_block, inner_update, linear_head, matching, mlp, prototype, ridge
+from metafast.attention_lstm import READING
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP, METRICS
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
 from tests.cases import (
@@ -58,7 +59,7 @@ OPERATORS = (
     conv_block.MOMENTS,
 )
 #: Those for which torch's own kernels do as well where there are none of ours.
-OF_TORCH = (inner_update.UPDATE, inner_update.UPDATE_VJP)
+OF_TORCH = (inner_update.UPDATE, inner_update.UPDATE_VJP, READING)
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 

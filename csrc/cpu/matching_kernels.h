@@ -3,18 +3,6 @@
 
 #include "cpu/row_kernels.h"
 
-// `count` of a vector's numbers, from a row of them.
-template <class A>
-METAFAST_HOST_DEVICE vector_t<A> load_some(const A* from, int64_t count) {
-  return count < kWidth<A> ? load_part<A>(from, count) : load<A>(from);
-}
-
-template <class A>
-METAFAST_HOST_DEVICE void store_some(A* to, vector_t<A> value, int64_t count) {
-  if (count < kWidth<A>) return store_part<A>(to, value, count);
-  store<A>(to, value);
-}
-
 // What stands under an inner product of rows of these lengths.
 template <class A>
 METAFAST_HOST_DEVICE vector_t<A> bounded(vector_t<A> product, A eps) {
@@ -111,12 +99,4 @@ void matching_part(const A* slopes, const A* cosines, A length, const A* query_l
   A along = A(0);
   for (int64_t k = 0; k < W; ++k) along += sum[k];
   *part = along == A(0) ? A(0) : -along / (length * length);
-}
-
-// to [d, stride]: rows begin..end of x as its columns.
-template <class A>
-void turned_rows(Rows<const A> x, int64_t t, int64_t begin, int64_t end, int64_t d, A* to, int64_t stride) {
-  for (int64_t k = 0; k < d; ++k) {
-    for (int64_t i = begin; i < end; ++i) to[k * stride + i - begin] = x.row(t, i)[k];
-  }
 }

@@ -218,26 +218,6 @@ METAFAST_HOST_DEVICE void column_sums(Layer<A> from, int64_t rows, const Target<
   }
 }
 
-METAFAST_HOST_DEVICE vector_t<float> tangens(vector_t<float> x) {
-  using V = vector_t<float>;
-  typedef VectorOf<float>::bits bits;
-  const bits sign = (bits)x & (bits{} + INT32_MIN);
-  const V size = (V)((bits)x ^ sign);
-  const V large = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
-  const V z = x * x;
-  V p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const V small = p * z * size + size;
-  return (V)((bits)(size < 0.625f ? small : large) | sign);
-}
-
-METAFAST_HOST_DEVICE vector_t<double> tangens(vector_t<double> x) {
-  for (int64_t k = 0; k < kWidth<double>; ++k) x[k] = std::tanh(x[k]);
-  return x;
-}
-
 // As torch has it, the slope of ReLU is 0 at 0 and 1 at NaN.
 template <class A>
 METAFAST_HOST_DEVICE vector_t<A> slope(Activation activation, vector_t<A> h, vector_t<A> of) {
@@ -325,18 +305,6 @@ template <class A>
 METAFAST_HOST_DEVICE A target_of(const MlpTask<A>& task, int64_t i, int64_t c) {
   if (task.labels) return task.labels[i] == c ? A(1) : A(0);
   return task.targets.data[i * task.targets.row + c * task.targets.column];
-}
-
-// The softmax of a row of `width` numbers.
-template <class A>
-METAFAST_HOST_DEVICE void softmax_row(const A* from, int64_t width, A* to) {
-  A largest = width > 0 ? from[0] : A(0);
-  for (int64_t c = 1; c < width; ++c) largest = from[c] > largest ? from[c] : largest;
-  for (int64_t c = 0; c < width; c += kWidth<A>) store<A>(to + c, exponential(load<A>(from + c) - largest));
-  A total = 0;
-  for (int64_t c = 0; c < width; ++c) total += to[c];
-  const A inverse = 1 / total;
-  for (int64_t c = 0; c < width; ++c) to[c] *= inverse;
 }
 
 // The derivative of the loss for the outputs: 2 (a - y) / (n C), or (sum(y) softmax(a) - y) / n.

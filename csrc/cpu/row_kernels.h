@@ -141,3 +141,11 @@ void combine_rows(const Terms<A> (&terms)[N], A gain, const A* base, int64_t bas
     combine_columns<A, false>(terms, gain, base, base_stride, scale, out, out_stride, rows, begin, end);
   }
 }
+
+// to [d, stride]: rows begin..end of x as its columns.
+template <class A>
+void turned_rows(Rows<const A> x, int64_t t, int64_t begin, int64_t end, int64_t d, A* to, int64_t stride) {
+  for (int64_t k = 0; k < d; ++k) {
+    for (int64_t i = begin; i < end; ++i) to[k * stride + i - begin] = x.row(t, i)[k];
+  }
+}

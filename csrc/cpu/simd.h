@@ -82,6 +82,18 @@ METAFAST_HOST_DEVICE void store_part(S* to, vector_t<accumulate_t<S>> value, int
   for (int64_t k = 0; k < count; ++k) to[k] = static_cast<S>(value[k]);
 }
 
+// `count` of a vector's numbers, from a row of them.
+template <class A>
+METAFAST_HOST_DEVICE vector_t<A> load_some(const A* from, int64_t count) {
+  return count < kWidth<A> ? load_part<A>(from, count) : load<A>(from);
+}
+
+template <class A>
+METAFAST_HOST_DEVICE void store_some(A* to, vector_t<A> value, int64_t count) {
+  if (count < kWidth<A>) return store_part<A>(to, value, count);
+  store<A>(to, value);
+}
+
 typedef uint8_t bytes_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 4)));
 typedef uint8_t bytes_of_double __attribute__((vector_size(METAFAST_VECTOR_BYTES / 8)));
 typedef uint16_t shorts_of_float __attribute__((vector_size(METAFAST_VECTOR_BYTES / 2)));
@@ -244,4 +256,36 @@ METAFAST_HOST_DEVICE vector_t<double> exponential(vector_t<double> x) {
 METAFAST_HOST_DEVICE vector_t<double> logarithm(vector_t<double> x) {
   for (int64_t k = 0; k < kWidth<double>; ++k) x[k] = std::log(x[k]);
   return x;
+}
+
+METAFAST_HOST_DEVICE vector_t<float> tangens(vector_t<float> x) {
+  using V = vector_t<float>;
+  typedef VectorOf<float>::bits bits;
+  const bits sign = (bits)x & (bits{} + INT32_MIN);
+  const V size = (V)((bits)x ^ sign);
+  const V large = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
+  const V z = x * x;
+  V p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const V small = p * z * size + size;
+  return (V)((bits)(size < 0.625f ? small : large) | sign);
+}
+
+METAFAST_HOST_DEVICE vector_t<double> tangens(vector_t<double> x) {
+  for (int64_t k = 0; k < kWidth<double>; ++k) x[k] = std::tanh(x[k]);
+  return x;
+}
+
+// The softmax of a row of `width` numbers; both rows are as long as whole vectors.
+template <class A>
+METAFAST_HOST_DEVICE void softmax_row(const A* from, int64_t width, A* to) {
+  A largest = width > 0 ? from[0] : A(0);
+  for (int64_t c = 1; c < width; ++c) largest = from[c] > largest ? from[c] : largest;
+  for (int64_t c = 0; c < width; c += kWidth<A>) store<A>(to + c, exponential(load<A>(from + c) - largest));
+  A total = 0;
+  for (int64_t c = 0; c < width; ++c) total += to[c];
+  const A inverse = 1 / total;
+  for (int64_t c = 0; c < width; ++c) to[c] *= inverse;
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
+from metafast.attention_lstm import attention_lstm
 from metafast.data import Episodes
 from metafast.learners._base import EncoderLearner, classified, require_classes
 from metafast.learners.outcome import Outcome
@@ -90,14 +91,12 @@ class MatchingNet(EncoderLearner):
         order = order.to(support.device)
         read, _ = self.support_reader(support[:, order])
         support = support + sum(read[:, order.argsort()].chunk(2, dim=-1))
-        rows = query.flatten(0, 1)
-        hidden = cell = read_out = torch.zeros_like(rows)
-        for _ in range(self.reading_steps):
-            hidden, cell = self.query_reader(torch.cat([rows, read_out], -1), (hidden, cell))
-            hidden = hidden + rows
-            attention = (hidden.view_as(query) @ support.mT).softmax(-1)
-            read_out = (attention @ support).flatten(0, 1)
-        return support, hidden.view_as(query)
+        # Before the first step nothing is read.
+        reader, rows = self.query_reader, query.flatten(0, 1)
+        hidden, cell = reader(torch.cat([rows, torch.zeros_like(rows)], -1))
+        weights = reader.weight_ih, reader.weight_hh, reader.bias_ih + reader.bias_hh
+        states = {"hidden": (hidden + rows).view_as(query), "cell": cell.view_as(query)}
+        return support, attention_lstm(support, query, *weights, self.reading_steps - 1, **states)
 
     def extra_repr(self) -> str:
         return f"scale={float(self.scale):.4g}, full_context={self.support_reader is not None}"

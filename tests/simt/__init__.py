@@ -18,7 +18,7 @@ import metafast  # noqa: F401  (defines the operators)
 #: Operators without a kernel on any GPU.
 CPU_ONLY = {"vector_bits", "keep_pages", "build_info"}
 #: torch's own kernels do its work.
-WITHOUT_CUDA = {"sgd_update", "sgd_update_vjp"}
+WITHOUT_CUDA = {"sgd_update", "sgd_update_vjp", "attention_lstm"}
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _SCHEMAS = torch.library.Library("metafast_simt", "DEF")

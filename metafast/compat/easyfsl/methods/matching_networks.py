@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize, one_hot
+from torch.nn.functional import normalize, one_hot
 
 from metafast import _check
+from metafast.attention_lstm import attention_lstm
 from metafast.backbones import is_hooked
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
@@ -97,8 +98,10 @@ class MatchingNetworks(FewShotClassifier):
     def encode_query_features(self, query_features: Tensor) -> Tensor:
         """Query features ``[m, d]`` in the context of the support set."""
         support, reader = self.contextualized_support_features, self.query_features_encoding_cell
-        if type(reader) is nn.LSTMCell and not is_hooked(reader) and reader.bias_ih is not None:
-            return _read(reader, query_features, support)
+        if type(reader) is nn.LSTMCell and not is_hooked(reader):
+            bias = reader.bias_ih + reader.bias_hh if reader.bias else None
+            weights = reader.weight_ih, reader.weight_hh, bias
+            return attention_lstm(support, query_features, *weights, len(support)).to(query_features.dtype)
         hidden, cell = query_features, torch.zeros_like(query_features)
         for _ in range(len(support)):
             read_out = (hidden @ support.T).softmax(1) @ support
@@ -117,28 +120,3 @@ class MatchingNetworks(FewShotClassifier):
     @staticmethod
     def is_transductive() -> bool:
         return False
-
-
-def _read(reader: nn.LSTMCell, queries: Tensor, support: Tensor) -> Tensor:
-    """What an LSTM cell reads with attention, in as few operations as there can be, for they are small."""
-    rows = len(support)
-    # tanh(x) = 2 sigmoid(2 x) - 1, so that all gates are sigmoids, whose third is of twice its input.
-    of_input, of_hidden, bias = (
-        torch.cat((kept, 2 * new, shown))
-        for kept, new, shown in (
-            parameter.tensor_split((2 * reader.hidden_size, 3 * reader.hidden_size))
-            for parameter in (reader.weight_ih, reader.weight_hh, reader.bias_ih + reader.bias_hh)
-        )
-    )
-    # What the cell makes of the queries and of the support rows is the same in every step.
-    of_queries, of_support = of_input.chunk(2, dim=1)
-    fixed = nn.functional.pad(linear(queries, of_queries, bias), (rows, 0))
-    of_attention, of_state = support @ of_support.T, torch.cat((support, of_hidden)).T
-    hidden, twice_cell = queries, torch.zeros_like(queries)
-    for _ in range(rows):
-        scores, gates = torch.addmm(fixed, hidden, of_state).tensor_split((rows,), dim=1)
-        gates = torch.addmm(gates, scores.softmax(1), of_attention).sigmoid()
-        entered, kept, new, shown = gates.chunk(4, dim=1)
-        twice_cell = torch.addcmul(torch.sub(kept * twice_cell, entered, alpha=2), entered, new, value=4)
-        hidden = torch.addcmul(queries - shown, shown, twice_cell.sigmoid(), value=2)
-    return hidden
