@@ -143,11 +143,20 @@ bool append_sample(Draws& draws, PyObject* population, Py_ssize_t k, PyObject* l
   const Py_ssize_t n = PySequence_Size(population);
   if (n < 0 || !can_draw(n, k)) return false;
   const std::vector<Py_ssize_t> places = draw_places(draws, n, k);
+  if (static_cast<Py_ssize_t>(places.size()) < k) return false;
+  if (PyList_Check(population)) {
+    // They lie anywhere in memory: all are on their way before the first is touched.
+    for (const Py_ssize_t place : places) __builtin_prefetch(PyList_GetItem(population, place), 1);
+    for (const Py_ssize_t place : places) {
+      if (PyList_Append(list, PyList_GetItem(population, place)) != 0) return false;
+    }
+    return true;
+  }
   for (const Py_ssize_t place : places) {
     const Owned item(PySequence_GetItem(population, place));
     if (!item || PyList_Append(list, item.get()) != 0) return false;
   }
-  return static_cast<Py_ssize_t>(places.size()) == k;
+  return true;
 }
 
 bool is_list(const char* name, PyObject* object) {
@@ -233,19 +242,24 @@ PyObject* split_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const Py_ssize_t way = i / each, row = i % each;
     return row < shots ? way * shots + row : supports + way * queries + row - shots;
   };
-  std::vector<int64_t> values(rows);
+  std::vector<int64_t> rows_of_items(rows), values(rows);
   for (Py_ssize_t i = 0; i < rows; ++i) {
     PyObject* item = PyList_GetItem(items, i);
     if (!PyLong_CheckExact(item)) return Py_NewRef(Py_None);
     int overflow = 0;
-    const int64_t place = PyLong_AsLongLongAndOverflow(item, &overflow);
-    if (overflow != 0 || place < 0 || place >= labelled) return Py_NewRef(Py_None);
-    PyObject* label = PyList_GetItem(labels, static_cast<Py_ssize_t>(place));
+    rows_of_items[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow != 0 || rows_of_items[i] < 0 || rows_of_items[i] >= labelled) return Py_NewRef(Py_None);
+    places[part_of(i)] = rows_of_items[i];
+  }
+  // As in append_sample.
+  for (const int64_t row : rows_of_items) __builtin_prefetch(PyList_GetItem(labels, static_cast<Py_ssize_t>(row)));
+  for (Py_ssize_t i = 0; i < rows; ++i) {
+    PyObject* label = PyList_GetItem(labels, static_cast<Py_ssize_t>(rows_of_items[i]));
     if (!PyLong_CheckExact(label)) return Py_NewRef(Py_None);
+    int overflow = 0;
     values[i] = PyLong_AsLongLongAndOverflow(label, &overflow);
     if (overflow != 0) return Py_NewRef(Py_None);
     if ((i == 0 || values[i] != values[i - 1]) && PySet_Add(different.get(), label) != 0) return nullptr;
-    places[part_of(i)] = place;
   }
   const Owned classes(PySequence_List(different.get()));
   if (!classes) return nullptr;
