@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -282,7 +283,7 @@ def torchmeta_head(*sizes: int, matching: bool = False) -> Callable[[Any], Run]:
 
 
 def torchmeta_images(shots: int, queries: int) -> Callable[[Any], Run]:
-    """A batch of 16 5-way tasks of images in Double MNIST's layout, whose images have been asked for before."""
+    """4 batches of 16 5-way tasks of images in Double MNIST's layout, whose images have been asked for before."""
 
     def of(torchmeta: Any) -> Run:
         folder = tempfile.mkdtemp()
@@ -297,8 +298,7 @@ def torchmeta_images(shots: int, queries: int) -> Callable[[Any], Run]:
             random.seed(0)
             torch.manual_seed(0)
             tasks.seed(0)
-            batch = next(iter(batches))
-            return [*batch["train"], *batch["test"]]
+            return drawn(batches, 4)
 
         weakref.finalize(run, shutil.rmtree, folder)
         return run
@@ -337,7 +337,7 @@ def _write_images(home: Path, in_hdf5: bool) -> None:
 
 
 def torchmeta_sines(torchmeta: Any) -> Run:
-    """A batch of 25 tasks of sine waves, 10 support and 10 query points."""
+    """20 batches of 25 tasks of sine waves, 10 support and 10 query points."""
     tasks = torchmeta.toy.helpers.sinusoid(10, num_tasks=10000, seed=0)
     # Draws the parameters of all tasks, once.
     tasks[0]
@@ -346,10 +346,14 @@ def torchmeta_sines(torchmeta: Any) -> Run:
     def run() -> Any:
         torch.manual_seed(0)
         tasks.seed(0)
-        batch = next(iter(batches))
-        return [*batch["train"], *batch["test"]]
+        return drawn(batches, 20)
 
     return run
+
+
+def drawn(batches: Any, count: int) -> list[Tensor]:
+    """The tensors of the first batches of one pass, as the library's examples draw them."""
+    return [part for batch in islice(batches, count) for split in ("train", "test") for part in batch[split]]
 
 
 def easyfsl_episode(
@@ -484,14 +488,14 @@ WORKLOADS = (
     ),
     *(
         Workload(
-            f"16 tasks of images, 5-way {shots}-shot, {queries} queries per class",
+            f"4 batches of 16 tasks of images, 5-way {shots}-shot, {queries} queries per class",
             "torchmeta",
             torchmeta_images(shots, queries),
             10.0,
         )
         for shots, queries in ((1, 1), (1, 15), (5, 15))
     ),
-    Workload("25 tasks of sine waves, 20 points", "torchmeta", torchmeta_sines, 10.0),
+    Workload("20 batches of 25 tasks of sine waves, 20 points", "torchmeta", torchmeta_sines, 10.0),
     *(
         Workload(
             f"prototypical network, {ways}-way {shots}-shot, {queries} queries per class, d = {features}",

@@ -546,10 +546,10 @@ def test_toy_problems_at_once_and_one_by_one() -> None:
 
     assert _whole.whole(Shifted(0, 1.0, 1.0, np.array([0.0, 1.0]), None, 4), set()) is None
     wave = toy.sinusoid.SinusoidTask(0, 1.0, 1.0, np.array([0.0, 1.0]), None, 4)
-    assert (
-        _whole.whole(tm.SubsetTask(wave, [4]), set()) is None
-        and _whole.whole(tm.SubsetTask(wave, [-1]), set()) is None
-    )
+    last = _whole.whole(tm.SubsetTask(wave, [-1]), set())
+    assert last is not None and np.array_equal(last.parts[0].inputs[0], wave[3][0])
+    with pytest.raises(IndexError):
+        _whole.whole(tm.SubsetTask(wave, [4]), set())
 
 
 def test_toy_helpers() -> None:
@@ -1118,7 +1118,12 @@ def test_a_subclass_of_the_samples_is_asked_for_each(tmp_path: Path) -> None:
     own.__class__ = type("OwnTask", (tm.ConcatTask,), {})
     assert _whole.whole(own, set()) is None and _whole.whole(Subset(tasks[0, 1], [0]), set()) is None
     assert _whole.whole(tm.SubsetTask(tasks[0, 1], []), set()) is None
-    assert _whole.whole(tm.SubsetTask(tasks[0, 1], [8]), set()) is None
+    assert _whole.whole(tm.SubsetTask(tasks[0, 1], [-1]), set()) is None
+    for task, row in ((tasks[0, 1], 8), (tasks[0, 1].datasets[0], 4)):
+        with pytest.raises(IndexError):
+            task[row]
+        with pytest.raises(IndexError):
+            _whole.whole(tm.SubsetTask(task, [row], 2), set())
 
 
 def test_images_beyond_the_budget_are_read_every_time(

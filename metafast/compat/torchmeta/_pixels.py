@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from metafast.compat.torchmeta._chain import Transform, flattened
 from metafast.compat.torchmeta._images import CenterCrop, Images, Resize, ToTensor, opened, pixels
@@ -74,7 +72,7 @@ class Pixels:
         self._left = len(images)
         self._refused = False
 
-    def rows(self, rows: NDArray[np.int64], budget: Budget) -> Tensor | None:
+    def rows(self, rows: NDArray[np.int64], budget: Budget) -> NDArray[np.uint8] | None:
         """Some of them, or None where they differ in size or would take more than is left."""
         if self._kept is None:
             self._refused = self._refused or not self._begin(int(rows[0]), budget)
@@ -87,7 +85,7 @@ class Pixels:
                 if made.shape != self._kept.shape[1:] or made.dtype != np.uint8:
                     return None
                 self._keep(row, made)
-        return torch.from_numpy(self._kept[rows])
+        return self._kept[rows]
 
     def _begin(self, row: int, budget: Budget) -> bool:
         if isinstance(self._images, np.ndarray) and self._mode is None:

@@ -65,7 +65,7 @@ class ImagesOfClass(Dataset, GivesSamples):
         kept = self._kept
         if type(self) is not ImagesOfClass or kept is None or self.transform is not kept.transform:
             return None
-        if self.data is not kept.images or rows.max() >= len(self):
+        if self.data is not kept.images or rows.min() < 0:
             return None
         if kept not in steady:
             if not kept.steady():

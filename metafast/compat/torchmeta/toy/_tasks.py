@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from metafast.compat.torchmeta import _numbers
@@ -56,11 +55,11 @@ class RegressionTask(Task, GivesSamples):
         )
 
     def _at_once(self, rows: NDArray[np.int64], steady: set[Any]) -> Samples | None:
-        if type(self).__getitem__ is not RegressionTask.__getitem__ or rows.max() >= self.num_samples:
+        if type(self).__getitem__ is not RegressionTask.__getitem__:
             return None
         if self.transform is not None or self.target_transform is not None:
             return None
-        return Samples(torch.from_numpy(self._inputs[rows]), torch.from_numpy(self._outputs[rows]))
+        return Samples(self._inputs[rows], self._outputs[rows])
 
 
 class RegressionDataset(MetaDataset):

@@ -26,8 +26,8 @@ class Samples(NamedTuple):
         finish: what each input goes through yet, of many at once.
     """
 
-    inputs: Tensor
-    targets: Tensor | int
+    inputs: NDArray[Any]
+    targets: NDArray[Any] | int
     finish: Sequence[Callable[[Tensor], Tensor]] = ()
 
     def alike(self, other: Samples) -> bool:
@@ -36,7 +36,7 @@ class Samples(NamedTuple):
             self.inputs.shape[1:] == other.inputs.shape[1:]
             and self.inputs.dtype == other.inputs.dtype
             and self.finish == other.finish
-            and isinstance(self.targets, Tensor) == isinstance(other.targets, Tensor)
+            and isinstance(self.targets, int) == isinstance(other.targets, int)
         )
 
 
@@ -44,7 +44,7 @@ class GivesSamples:
     """A data set of this package that can give many samples at once."""
 
     def _at_once(self, rows: Rows, steady: set[Any]) -> Samples | None:
-        """Those of some rows; None: they are to be asked for each.
+        """Those of some rows; None: they are to be asked for each. A row that is not there is an IndexError.
 
         Args:
             rows: one or more of them.
@@ -70,15 +70,13 @@ def whole(task: Any, steady: set[Any]) -> Whole | None:
         task = task.dataset
     if rows is None:
         rows = np.arange(len(task))
-    if not len(rows) or rows.min() < 0:
+    if not len(rows):
         return None
     if type(task) is not ConcatTask:
         parts = [(task, rows)]
     else:
         ends = np.asarray(task.cumulative_sizes)
         owners = ends.searchsorted(rows, side="right")
-        if rows[-1] >= ends[-1] or owners.max() == len(ends):
-            return None
         cuts = np.flatnonzero(owners[1:] != owners[:-1]) + 1
         first = [0, *cuts.tolist()]
         parts = [
@@ -118,15 +116,15 @@ def alone(task: Any) -> Any:
 
 def _finished(parts: Sequence[Samples]) -> list[Tensor]:
     """Inputs and targets of samples that are alike."""
-    inputs = _joined([part.inputs for part in parts])
+    inputs = torch.from_numpy(_joined([part.inputs for part in parts]))
     for step in parts[0].finish:
         inputs = step(inputs)
     targets = [part.targets for part in parts]
-    if isinstance(targets[0], Tensor):
-        return [inputs, _joined(targets)]
-    numbers = np.repeat(np.array(targets, dtype=np.int64), [part.inputs.shape[0] for part in parts])
-    return [inputs, torch.from_numpy(numbers)]
+    if isinstance(targets[0], int):
+        numbers = np.repeat(np.array(targets, dtype=np.int64), [len(part.inputs) for part in parts])
+        return [inputs, torch.from_numpy(numbers)]
+    return [inputs, torch.from_numpy(_joined(targets))]
 
 
-def _joined(values: Sequence[Any]) -> Tensor:
-    return torch.cat(list(values)) if len(values) > 1 else values[0]
+def _joined(values: Sequence[Any]) -> NDArray[Any]:
+    return np.concatenate(values) if len(values) > 1 else values[0]
