@@ -434,6 +434,38 @@ def test_prototypes_of_other_kinds() -> None:
         utils.prototypical_loss(means, query[:2], answers)
 
 
+def test_targets_of_prototypes() -> None:
+    """-100 is ignored and others that are of no class are refused, as by torch; shares of classes are taken too."""
+    support, labels, query, answers = rows(X)
+    means = utils.get_prototypes(support, labels, 5)
+
+    def plain(means: Tensor, query: Tensor, targets: Tensor) -> Tensor:
+        distances = (means.unsqueeze(2) - query.unsqueeze(1)).square().sum(-1)
+        return cross_entropy(-distances, targets)
+
+    ignored = answers.clone()
+    ignored[1, :3] = -100
+    shares = torch.rand(3, 5, query.shape[1], dtype=X).softmax(1)
+    for targets in (ignored, shares, torch.full_like(answers, -100)):
+        found = utils.prototypical_loss(means, query, targets)
+        torch.testing.assert_close(found, plain(means, query, targets), equal_nan=True)
+    for number in (5, -1):
+        with pytest.raises(IndexError, match="out of bounds"):
+            utils.prototypical_loss(means, query, torch.full_like(answers, number))
+    with pytest.raises((RuntimeError, ValueError)):
+        utils.prototypical_loss(means, query, answers[:, :2])
+    assert utils.prototypical_loss(means, query[:, :0], answers[:, :0]).isnan()
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = means.to(dtype), query.to(dtype)
+        found = utils.prototypical_loss(*narrow, answers)
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found.double(), plain(*(v.double() for v in narrow), answers), rtol=1e-2, atol=1e-2
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert utils.prototypical_loss(means.bfloat16(), query.bfloat16(), answers).dtype == torch.float32
+
+
 def similarity(x: Tensor, y: Tensor, eps: float) -> Tensor:
     lengths = x.square().sum(-1).unsqueeze(2) * y.square().sum(-1).unsqueeze(1)
     return x @ y.mT * lengths.clamp(min=eps**2).rsqrt()

@@ -13,6 +13,7 @@ from metafast.compat import absent
 from metafast.compat.torchmeta._numbers import plain
 from metafast.distance import pairwise_distance
 from metafast.prototype import prototypes as class_means
+from metafast.prototype import prototypical_loss as fused_loss
 
 __getattr__ = absent(__name__)
 
@@ -66,7 +67,8 @@ def get_prototypes(embeddings: Tensor, targets: Tensor, num_classes: int) -> Ten
 def prototypical_loss(prototypes: Tensor, embeddings: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
     """Cross entropy of minus the squared distances of the rows to the prototypes.
 
-    The distances are :func:`metafast.pairwise_distance`. Snell, Swersky and Zemel, *Prototypical Networks for Few-shot
+    Without further arguments it is :func:`metafast.prototypical_loss`, of one support row for each class; else the
+    distances are :func:`metafast.pairwise_distance`. Snell, Swersky and Zemel, *Prototypical Networks for Few-shot
     Learning*, 2017.
 
     Args:
@@ -85,5 +87,17 @@ def prototypical_loss(prototypes: Tensor, embeddings: Tensor, targets: Tensor, *
     _check.same_size(embeddings, -1, "embeddings", prototypes, -1, "prototypes")
     _check.broadcast_tasks(("prototypes", prototypes.shape[:-2]), ("embeddings", embeddings.shape[:-2]))
     dtype = torch.promote_types(prototypes.dtype, embeddings.dtype)
-    distances = pairwise_distance(prototypes.to(dtype), embeddings.to(dtype))
-    return cross_entropy(-distances, targets, **kwargs)
+    prototypes, embeddings = prototypes.to(dtype), embeddings.to(dtype)
+    of_classes = isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.is_cpu
+    if of_classes and not kwargs and prototypes.dim() == 3 and targets.shape == embeddings.shape[:2]:
+        tasks, classes = prototypes.shape[:2]
+        try:
+            loss = fused_loss(
+                prototypes, torch.arange(classes).expand(tasks, -1), embeddings, targets, classes
+            )[0].mean()
+        except ValueError:
+            # Of numbers that are of no class torch ignores -100, and refuses the others in its own words.
+            pass
+        else:
+            return loss if _check.autocasts(embeddings) else loss.to(dtype)
+    return cross_entropy(-pairwise_distance(prototypes, embeddings), targets, **kwargs)
