@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import metafast._C  # noqa: F401  (registers torch.ops.metafast)
@@ -74,7 +75,11 @@ def fallback(op: torch._ops.OpOverload, function: Callable[..., Any], wide: Sequ
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """``op(*args)``, with the kernel's complaint about a value of an argument as a ValueError."""
     try:
-        return op(*args)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+            return op(*args)
+        # Nothing is recorded, and to find that out below would take half as long as a small kernel.
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
     except RuntimeError as error:
         text = str(error)
         if text.startswith("metafast: "):

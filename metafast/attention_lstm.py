@@ -11,7 +11,7 @@ from metafast import _check
 from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks, of_groups, of_tasks
 from metafast._dual import Dual, tangent_of
-from metafast._library import LIBRARY, operator
+from metafast._library import LIBRARY, call, operator
 
 READING = operator("attention_lstm")
 
@@ -101,7 +101,8 @@ def attention_lstm(
 
     weight = torch.cat((weight_ih, weight_hh), 1).T.unsqueeze(0)
     shift = weight.new_zeros(1, 4 * d) if bias is None else bias.unsqueeze(0)
-    out: Tensor = READING(fold(support), fold(query), weight, shift, fold(hidden), fold(cell), steps)
+    values = fold(support), fold(query), weight, shift, fold(hidden), fold(cell)
+    out: Tensor = call(READING, *values, steps)
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[-2:])
 
 

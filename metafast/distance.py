@@ -10,7 +10,7 @@ from torch import Tensor
 from metafast import _check, reference
 from metafast._autodiff import differentiable
 from metafast._batching import fold_into_tasks
-from metafast._library import fallback, operator
+from metafast._library import call, fallback, operator
 
 #: The metrics, in the order of the enumeration in csrc/math/distance.h.
 METRICS = ("sqeuclidean", "euclidean", "cityblock", "cosine")
@@ -68,14 +68,17 @@ def pairwise_distance(x: Tensor, y: Tensor, metric: str = "sqeuclidean") -> Tens
     _check.same_kind(y, "y", x, "x")
     _check.same_size(y, -1, "y", x, -1, "x")
     if x.dim() == 3 and y.dim() == 3 and x.shape[0] == y.shape[0]:
-        return DISTANCE(x, y, index)
+        return call(DISTANCE, x, y, index)
     if x.dim() == y.dim() == 2:
-        return DISTANCE(x.unsqueeze(0), y.unsqueeze(0), index).squeeze(0)
+        return call(DISTANCE, x.unsqueeze(0), y.unsqueeze(0), index).squeeze(0)
     lead = _check.broadcast_tasks(("x", x.shape[:-2]), ("y", y.shape[:-2]))
     n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
     tasks = torch.Size(lead).numel()
-    out = DISTANCE(
-        x.expand(*lead, n, d).reshape(tasks, n, d), y.expand(*lead, m, d).reshape(tasks, m, d), index
+    out = call(
+        DISTANCE,
+        x.expand(*lead, n, d).reshape(tasks, n, d),
+        y.expand(*lead, m, d).reshape(tasks, m, d),
+        index,
     )
     return out.reshape(*lead, n, m)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import metafast
 from metafast import reference
@@ -335,6 +335,33 @@ class TestAutograd:
         for o, e in zip(out, outputs(case.function(*recorded, C)), strict=True):
             assert e.requires_grad
             assert torch.equal(o, e)
+
+    @each_case
+    def test_transforms_under_no_grad(self, case: Case, device: torch.device) -> None:
+        """Tangents, gradients of torch.func and mapped calls are what they are elsewhere."""
+        inputs = case.make((2,), SMALL, device=device)
+        floats = case.floats(inputs)
+
+        def function(*values: Tensor) -> Tensor:
+            return weighted_sum(outputs(case.closed(case.function, inputs, C)(*values)))
+
+        def run() -> tuple[Any, ...]:
+            along = tuple(t.cos() for t in floats)
+            mapped = torch.func.vmap(function)(*(torch.stack([t, t + 0.1]) for t in floats))
+            with forward_ad.dual_level():
+                duals = [forward_ad.make_dual(t, v) for t, v in zip(floats, along, strict=True)]
+                tangent = forward_ad.unpack_dual(function(*duals)).tangent
+            return (
+                *torch.func.jvp(function, floats, along),
+                torch.func.grad(function)(*floats),
+                mapped,
+                tangent,
+            )
+
+        expected = run()
+        with torch.no_grad():
+            actual = run()
+        assert_same(actual, expected)
 
     @each_case
     @pytest.mark.parametrize("order", [0, 1, 2])
