@@ -175,8 +175,8 @@ def assert_accurate(
 
     That formula's error may be a lucky one: what becomes of some roundings of the inputs is allowed too.
 
-    One number per task (the loss, the gradient of a temperature) sums terms as large as the other results, and is
-    rounded as they are.
+    One number per task (the loss, the gradient of a temperature) sums terms as large as the other results and as many,
+    whose roundings add up like steps to either side.
     """
     dtype = next(t.dtype for t in inputs if t.is_floating_point())
     wide, eps = in_float64(inputs), torch.finfo(dtype).eps
@@ -184,7 +184,7 @@ def assert_accurate(
     neighbours: list[Sequence[Tensor]] = []
     floor = eps * (32 if dtype == torch.float64 else 4)
     per_row = max(e.dim() for e in exact) - 1
-    largest = max(largest_finite(e) for e in exact)
+    largest = max(largest_finite(e) * (e.numel() / max(1, len(e) if e.dim() else 1)) ** 0.5 for e in exact)
     for k, (a, p, e) in enumerate(zip(actual, rounded, exact, strict=True)):
         assert a.shape == e.shape, f"result {k}: shape {list(a.shape)}, expected {list(e.shape)}"
         if e.numel() == 0:

@@ -69,14 +69,17 @@ void matching_slopes(const A* grad, const A* log_probs, const A* totals, const A
       if (offsets[c] == offsets[c + 1]) continue;
       const V log_prob = of_class(log_probs, c), of_rows = total + log_prob;
       const V weight = of_class(grad, c) - all * exponential(log_prob);
+      V turned = {}, part = {};
       for (int64_t r = offsets[c]; r < offsets[c + 1]; ++r) {
         const int64_t at = order[r] * stride + j;
         const V cosine = load_some<A>(cosines + at, count), product = length * lengths[order[r]];
         const V slope = exponential(cosine * scale - of_rows) * weight;
-        of_scale += slope * cosine;
+        part += slope * cosine;
         store_some<A>(slopes + at, slope * scale / bounded<A>(product, eps), count);
-        along += product > eps ? slope * scale * cosine : V{};
+        turned += product > eps ? slope * scale * cosine : V{};
       }
+      of_scale += part;
+      along += turned;
     }
     // A row of zeros has no part of its own.
     store_some<A>(query_parts + j, along == A(0) ? V{} : -along / (length * length), count);
