@@ -527,6 +527,110 @@ def test_toy_formulas() -> None:
     assert len(alone) == 4 and alone.num_classes is None and hash(alone) == 3
 
 
+PROBLEMS = (toy.Sinusoid, toy.SinusoidAndLine, toy.Harmonic)
+SPLITTERS: tuple[Any, ...] = (
+    None,
+    lambda: tf.ClassSplitter(num_train_per_class=3, num_test_per_class=5),
+    lambda: tf.ClassSplitter(shuffle=False, num_train_per_class=3, num_test_per_class=5),
+    lambda: tf.WeightedClassSplitter(train_weights=0.3, test_weights=0.5),
+)
+
+
+def problem_of(kind: Any, splitter: Any, **options: Any) -> Any:
+    """One whose parameters are drawn."""
+    split = None if splitter is None else splitter()
+    tasks = kind(9, num_tasks=40, **{"dataset_transform": split, **options})
+    tasks.seed(3)
+    for index in range(8):
+        tasks[index]
+    return tasks
+
+
+@pytest.mark.parametrize("splitter", range(4))
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_toy_problems_drawn_together(kind: Any, splitter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, tasks and the streams after them are those of tasks that are drawn one by one."""
+
+    def drawn() -> tuple[Any, ...]:
+        tasks = problem_of(kind, SPLITTERS[splitter])
+        torch.manual_seed(0)
+        batches = list(islice(tm.BatchMetaDataLoader(tasks, batch_size=7), 3))
+        lists = list(islice(tm.MetaDataLoader(tasks, batch_size=6), 2))
+        assert all(type(each) is list for each in lists)
+        rows = [
+            [(name, task[name] if name else task) for name in (task if isinstance(task, dict) else [""])]
+            for each in lists
+            for task in each
+        ]
+        found = [
+            (name, hash(part), len(part), np.array([part[k] for k in range(len(part))]))
+            for task in rows
+            for name, part in task
+        ]
+        alone = [part.dataset if name else part for task in rows for name, part in task]
+        about = [{k: v for k, v in vars(task).items() if k not in ("_inputs", "_outputs")} for task in alone]
+        split = tasks.dataset_transform
+        return (
+            batches,
+            found,
+            [type(task) for task in alone],
+            about,
+            tasks.np_random.uniform(),
+            None if split is None else split.np_random.uniform(),
+        )
+
+    together = drawn()
+    monkeypatch.setattr(kind, "_ready", lambda self: False)
+    one_by_one = drawn()
+    for a, b in zip(together[0], one_by_one[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    np.testing.assert_equal(together[1:], one_by_one[1:])
+
+
+def test_toy_problems_that_are_drawn_one_by_one() -> None:
+    """Where a number depends on what comes between, or something else has to see each task."""
+
+    class Own(toy.Sinusoid):
+        pass
+
+    def same(x: Any) -> Any:
+        return x
+
+    def shared(tasks: Any) -> Any:
+        tasks.dataset_transform.np_random = tasks.np_random
+        return tasks
+
+    split = SPLITTERS[1]
+    one_by_one = [
+        kind(9, num_tasks=40, dataset_transform=split())
+        for kind in PROBLEMS  # parameters that are not drawn
+    ]
+    one_by_one += [
+        problem_of(Own, split),
+        problem_of(toy.Sinusoid, split, noise_std=0.1),
+        problem_of(toy.Sinusoid, split, transform=same),
+        problem_of(toy.Sinusoid, split, target_transform=same),
+        problem_of(toy.Sinusoid, split, dataset_transform=same),
+        shared(problem_of(toy.Sinusoid, split)),
+    ]
+    for tasks in one_by_one:
+        assert type(tasks.__getitems__([1, 2])) is list
+    tasks = problem_of(toy.Sinusoid, split, noise_std=0.0)
+    assert type(tasks.__getitems__([np.int64(1), 2])) is list
+    together = tasks.__getitems__([1, -1])
+    assert type(together) is not list and len(together) == 2
+    assert together[1]["train"].dataset is together[1]["test"].dataset
+    assert together[1]["train"].dataset.amplitude == tasks.amplitudes[39]
+    with pytest.raises(IndexError):
+        tasks.__getitems__([40])
+    tasks.dataset_transform = tf.ClassSplitter(num_train_per_class=5, num_test_per_class=6)
+    with pytest.raises(ValueError, match="at least 11 samples of each class, got 9"):
+        tasks.__getitems__([1, 2])
+    empty = problem_of(toy.Sinusoid, lambda: tf.ClassSplitter(num_train_per_class=3, num_test_per_class=0))
+    with pytest.raises(IndexError):
+        next(iter(tm.BatchMetaDataLoader(empty, batch_size=3)))
+
+
 def test_toy_problems_at_once_and_one_by_one() -> None:
     def changed(x: Any) -> Tensor:
         return torch.tensor(x * 2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from metafast.compat import absent
 from metafast.compat.torchmeta._chain import Transform
-from metafast.compat.torchmeta.toy._tasks import Array, RegressionDataset, RegressionTask
+from metafast.compat.torchmeta.toy._tasks import Array, RegressionDataset, RegressionTask, of_tasks
+from metafast.compat.torchmeta.utils.data._whole import Rows
 
 __getattr__ = absent(__name__)
 
@@ -74,6 +77,35 @@ class Harmonic(RegressionDataset):
             np_random=self.np_random,
         )
 
+    def _ready(self) -> bool:
+        drawn = {"domains", "frequencies", "phases", "amplitudes"} <= self._drawn.keys()
+        return type(self) is Harmonic and drawn
+
+    def _draw(self, indices: Rows) -> tuple[Array, Array]:
+        size = len(indices), self.num_samples_per_task, 1
+        x = of_tasks(self.domains, indices) + self.np_random.randn(*size)
+        phases, amplitudes = (
+            [of_tasks(values[:, k], indices) for k in range(2)] for values in (self.phases, self.amplitudes)
+        )
+        return x, harmonics(x, of_tasks(self.frequencies, indices), phases, amplitudes)
+
+    def _made(self, index: int, inputs: Array, targets: Array) -> RegressionTask:
+        return HarmonicTask._of(
+            self,
+            index,
+            inputs,
+            targets,
+            domain=self.domains[index],
+            frequency=self.frequencies[index],
+            phases=self.phases[index],
+            amplitudes=self.amplitudes[index],
+        )
+
+
+def harmonics(x: Array, frequency: Any, phases: Any, amplitudes: Any) -> Array:
+    first = amplitudes[0] * np.sin(frequency * x + phases[0])
+    return first + amplitudes[1] * np.sin(2 * frequency * x + phases[1])
+
 
 class HarmonicTask(RegressionTask):
     """One wave, see :class:`Harmonic`."""
@@ -94,6 +126,5 @@ class HarmonicTask(RegressionTask):
         draw = np.random.RandomState(None) if np_random is None else np_random
         self.domain, self.frequency, self.phases, self.amplitudes = domain, frequency, phases, amplitudes
         x = domain + draw.randn(num_samples, 1)
-        first = amplitudes[0] * np.sin(frequency * x + phases[0])
-        second = amplitudes[1] * np.sin(2 * frequency * x + phases[1])
-        super().__init__(index, x, first + second, noise_std, transform, target_transform, draw)
+        y = harmonics(x, frequency, phases, amplitudes)
+        super().__init__(index, x, y, noise_std, transform, target_transform, draw)

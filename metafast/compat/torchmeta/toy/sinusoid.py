@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from metafast.compat import absent
 from metafast.compat.torchmeta._chain import Transform
-from metafast.compat.torchmeta.toy._tasks import Array, RegressionDataset, RegressionTask
+from metafast.compat.torchmeta.toy._tasks import Array, RegressionDataset, RegressionTask, of_tasks
+from metafast.compat.torchmeta.utils.data._whole import Rows
 
 __getattr__ = absent(__name__)
 
@@ -62,6 +65,22 @@ class Sinusoid(RegressionDataset):
             np_random=self.np_random,
         )
 
+    def _ready(self) -> bool:
+        return type(self) is Sinusoid and {"amplitudes", "phases"} <= self._drawn.keys()
+
+    def _draw(self, indices: Rows) -> tuple[Array, Array]:
+        low, high = self._input_range
+        x = self.np_random.uniform(low, high, size=(len(indices), self.num_samples_per_task, 1))
+        return x, sine(x, of_tasks(self.amplitudes, indices), of_tasks(self.phases, indices))
+
+    def _made(self, index: int, inputs: Array, targets: Array) -> RegressionTask:
+        own = {"amplitude": self.amplitudes[index], "phase": self.phases[index]}
+        return SinusoidTask._of(self, index, inputs, targets, **own, input_range=self._input_range)
+
+
+def sine(x: Array, amplitude: Any, phase: Any) -> Array:
+    return amplitude * np.sin(x - phase)
+
 
 class SinusoidTask(RegressionTask):
     """One sine wave, see :class:`Sinusoid`."""
@@ -81,6 +100,4 @@ class SinusoidTask(RegressionTask):
         draw = np.random.RandomState(None) if np_random is None else np_random
         self.amplitude, self.phase, self.input_range = amplitude, phase, input_range
         x = draw.uniform(input_range[0], input_range[1], size=(num_samples, 1))
-        super().__init__(
-            index, x, amplitude * np.sin(x - phase), noise_std, transform, target_transform, draw
-        )
+        super().__init__(index, x, sine(x, amplitude, phase), noise_std, transform, target_transform, draw)

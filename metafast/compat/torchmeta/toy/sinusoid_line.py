@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from metafast.compat import absent
 from metafast.compat.torchmeta._chain import Transform
-from metafast.compat.torchmeta.toy._tasks import Array, RegressionTask
+from metafast.compat.torchmeta.toy._tasks import Array, RegressionTask, of_tasks
 from metafast.compat.torchmeta.toy.sinusoid import Sinusoid
+from metafast.compat.torchmeta.utils.data._whole import Rows
 
 __getattr__ = absent(__name__)
 
@@ -56,6 +57,25 @@ class SinusoidAndLine(Sinusoid):
             np_random=self.np_random,
         )
 
+    def _ready(self) -> bool:
+        drawn = {"amplitudes", "phases", "slopes", "intercepts"} <= self._drawn.keys()
+        return type(self) is SinusoidAndLine and drawn and self._is_sinusoid is not None
+
+    def _draw(self, indices: Rows) -> tuple[Array, Array]:
+        x, waves = super()._draw(indices)
+        lines = line(x, of_tasks(self.slopes, indices), of_tasks(self.intercepts, indices))
+        return x, np.where(self.is_sinusoid[indices][:, None, None], waves, lines)
+
+    def _made(self, index: int, inputs: Array, targets: Array) -> RegressionTask:
+        if self.is_sinusoid[index]:
+            return super()._made(index, inputs, targets)
+        own = {"slope": self.slopes[index], "intercept": self.intercepts[index]}
+        return LinearTask._of(self, index, inputs, targets, **own, input_range=self._input_range)
+
+
+def line(x: Array, slope: Any, intercept: Any) -> Array:
+    return intercept + slope * x
+
 
 class LinearTask(RegressionTask):
     """One line, see :class:`SinusoidAndLine`."""
@@ -75,4 +95,4 @@ class LinearTask(RegressionTask):
         draw: Any = np.random.RandomState(None) if np_random is None else np_random
         self.slope, self.intercept, self.input_range = slope, intercept, input_range
         x = draw.uniform(input_range[0], input_range[1], size=(num_samples, 1))
-        super().__init__(index, x, intercept + slope * x, noise_std, transform, target_transform, draw)
+        super().__init__(index, x, line(x, slope, intercept), noise_std, transform, target_transform, draw)

@@ -83,7 +83,7 @@ class Splitter:
         return len(self.splits)
 
 
-class _PerClass(Splitter):
+class PerClass(Splitter):
     """A part of the rows of each class for every split.
 
     With ``shuffle`` a generator that is seeded with the task, the class and ``random_state_seed`` orders the rows
@@ -148,7 +148,7 @@ class _PerClass(Splitter):
         return self._parted(sizes, self._rows(dict(enumerate(sizes))), keys)
 
 
-class ClassSplitter_(_PerClass):
+class ClassSplitter_(PerClass):
     """The class behind :func:`ClassSplitter`, with its arguments."""
 
     def __init__(
@@ -175,7 +175,7 @@ class ClassSplitter_(_PerClass):
         return self.splits[split]
 
 
-class WeightedClassSplitter_(_PerClass):
+class WeightedClassSplitter_(PerClass):
     """The class behind :func:`WeightedClassSplitter`, with its arguments."""
 
     def __init__(

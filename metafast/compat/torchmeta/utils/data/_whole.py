@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +91,27 @@ def whole(task: Any, steady: set[Any]) -> Whole | None:
             return None
         found.append(samples)
     return Whole(found, len(rows))
+
+
+class Together(Sequence[Any]):
+    """Tasks that were drawn together: what a list of them would be, but put together at once."""
+
+    def collated(self) -> Any:
+        """torch's ``default_collate`` of the tasks."""
+        raise NotImplementedError(f"{type(self).__name__} has no collated")
+
+    def _made(self) -> list[Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no _made")
+
+    @cached_property
+    def _tasks(self) -> list[Any]:
+        return self._made()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tasks[index]
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
 
 def collated(tasks: Sequence[Any]) -> Any:

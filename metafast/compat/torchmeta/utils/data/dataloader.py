@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from metafast.compat import absent
-from metafast.compat.torchmeta.utils.data._whole import alone, collated, whole
+from metafast.compat.torchmeta.utils.data._whole import Together, alone, collated, whole
 from metafast.compat.torchmeta.utils.data.dataset import CombinationMetaDataset
 from metafast.compat.torchmeta.utils.data.sampler import (
     CombinationRandomSampler,
@@ -37,9 +37,11 @@ class BatchMetaCollate:
         """
         return alone(self._asked(task, set()))
 
-    def __call__(self, batch: list[Any]) -> Any:
+    def __call__(self, batch: Sequence[Any]) -> Any:
         if self.collate_fn is not default_collate or type(self) is not BatchMetaCollate:
             return self.collate_fn([self.collate_task(task) for task in batch])
+        if isinstance(batch, Together):
+            return batch.collated()
         steady: set[Any] = set()
         return collated([self._asked(task, steady) for task in batch])
 
@@ -55,9 +57,9 @@ class BatchMetaCollate:
         return self.collate_fn([task[row] for row in range(len(task))]) if found is None else found  # type: ignore[arg-type]
 
 
-def no_collate(batch: list[Any]) -> list[Any]:
+def no_collate(batch: Sequence[Any]) -> list[Any]:
     """The tasks as they are."""
-    return batch
+    return list(batch)
 
 
 class MetaDataLoader(DataLoader[Any]):
