@@ -208,18 +208,16 @@ inline void check_attention_lstm(const Tensor& support, const Tensor& query, con
                                  const Tensor& hidden, const Tensor& cell, int64_t steps) {
   check_dim(support, "support", 3, "[T, n, d]");
   check_dim(query, "query", 3, "[T, m, d]");
-  check_dim(weight, "weight", 3, "[G, 3 d, 4 d]");
-  const int64_t T = support.size(0), m = query.size(1), d = support.size(2), G = weight.size(0);
+  const int64_t T = support.size(0), m = query.size(1), d = support.size(2);
   const auto check = [&](const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
     check_like(tensor, name, support, "support");
     check_shape(tensor, name, shape);
   };
   check(query, "query", {T, m, d});
-  check(weight, "weight", {G, 3 * d, 4 * d});
-  check(bias, "bias", {G, 4 * d});
+  check(weight, "weight", {3 * d, 4 * d});
+  check(bias, "bias", {4 * d});
   check(hidden, "hidden", {T, m, d});
   check(cell, "cell", {T, m, d});
-  if (G == 0 ? T != 0 : T % G != 0) fail("weight: expected one of each group of tasks, got ", G, " of ", T);
   if (steps < 0) fail("steps: expected 0 or more, got ", steps);
 }
 

@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(metafast, m) {
       "matching_log_probs_vjp(Tensor grad, Tensor support, Tensor labels, Tensor query, Tensor? scale, "
       "float fixed_scale, float eps, Tensor log_probs, Tensor totals, Tensor cosines) -> (Tensor, Tensor, Tensor)");
 
-  // support [T, n, d], query [T, m, d], weight [G, 3 d, 4 d] of query, support rows and state, bias [G, 4 d], hidden and
+  // support [T, n, d], query [T, m, d], weight [3 d, 4 d] of query, support rows and state, bias [4 d], hidden and
   // cell [T, m, d] -> the hidden state after all steps [T, m, d]
   m.def(
       "attention_lstm(Tensor support, Tensor query, Tensor weight, Tensor bias, Tensor hidden, Tensor cell, int steps) "

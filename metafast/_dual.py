@@ -88,10 +88,6 @@ class Dual:
         e = self.value.exp()
         return Dual(e, None if self.tangent is None else e * self.tangent)
 
-    def sigmoid(self) -> Dual:
-        p = self.value.sigmoid()
-        return Dual(p, None if self.tangent is None else p * (1 - p) * self.tangent)
-
     def tanh(self) -> Dual:
         h = self.value.tanh()
         return Dual(h, None if self.tangent is None else (1 - h * h) * self.tangent)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 from metafast import _check
-from metafast._autodiff import differentiable
-from metafast._batching import fold_into_tasks, of_groups, of_tasks
-from metafast._dual import Dual, tangent_of
-from metafast._library import LIBRARY, call, operator
+from metafast._library import fallback, operator
+from metafast.backbones import is_hooked
 
 READING = operator("attention_lstm")
+#: Of rows with more features torch's products take all of the time.
+WIDEST = 1024
 
 
 def attention_lstm(
@@ -33,14 +37,15 @@ def attention_lstm(
 
     .. math:: r = \sum_i softmax_i(h \cdot g_i) \, g_i, \qquad h', c = LSTM([f, r], (h, c)), \qquad h = h' + f
 
-    Vinyals, Blundell, Lillicrap, Kavukcuoglu and Wierstra, *Matching Networks for One Shot Learning*, 2016. On the CPU
-    one fused operator goes through all steps of some query rows, which do not depend on the others; on a GPU torch's
-    operators serve. Differentiable to any order.
+    Vinyals, Blundell, Lillicrap, Kavukcuoglu and Wierstra, *Matching Networks for One Shot Learning*, 2016. On the CPU,
+    where nothing is to be differentiated, one fused operator goes through all steps of some query rows, which do not
+    depend on the others; else torch's operators serve. Differentiable to any order.
 
     Args:
         support: g, ``[..., n, d]`` features; half types are promoted to float32.
         query: f, ``[..., m, d]`` features of the dtype of ``support``.
-        weight_ih: ``[4 d, 2 d]``, first of f, then of r, for torch's gates in their order.
+        weight_ih: ``[4 d, 2 d]``, first of f, then of r, for torch's gates in their order; it and all that follow of
+            the dtype of ``support``.
         weight_hh: ``[4 d, d]``.
         bias: ``[4 d]``, the sum of both of the cell's, or None.
         steps: how often the support rows are read.
@@ -93,131 +98,89 @@ def attention_lstm(
         ("hidden", hidden.shape[:-2]),
         ("cell", cell.shape[:-2]),
     )
+    bias = weight_hh.new_zeros(4 * d) if bias is None else bias
+    values = support, query, weight_ih, weight_hh, bias, hidden, cell
+    if not support.is_cpu or d > WIDEST or _recorded(values):
+        with _check.without_autocast(support):
+            return _read(*values, steps).expand(*lead, *query.shape[-2:])
     tasks = torch.Size(lead).numel()
 
     def fold(value: Tensor) -> Tensor:
         own = value.shape[-2:]
         return value if value.shape == (tasks, *own) else value.expand(*lead, *own).reshape(tasks, *own)
 
-    weight = torch.cat((weight_ih, weight_hh), 1).T.unsqueeze(0)
-    shift = weight.new_zeros(1, 4 * d) if bias is None else bias.unsqueeze(0)
-    values = fold(support), fold(query), weight, shift, fold(hidden), fold(cell)
-    out: Tensor = call(READING, *values, steps)
+    weight = torch.cat((weight_ih.T, weight_hh.T))
+    out: Tensor = READING(fold(support), fold(query), weight, bias, fold(hidden), fold(cell), steps)
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[-2:])
 
 
-# The closed form is written once, for tensors and for Dual numbers.
-class _Step(NamedTuple):
-    hidden: Any  # before
-    cell: Any  # before
-    attention: Any
-    entered: Any
-    kept: Any
-    new: Any
-    shown: Any
-    state: Any  # tanh of the cell after
-    cell_after: Any
-    hidden_after: Any
+def read_with(
+    reader: nn.Module,
+    support: Tensor,
+    query: Tensor,
+    steps: int,
+    *,
+    hidden: Tensor | None = None,
+    cell: Tensor | None = None,
+) -> Tensor:
+    """:func:`attention_lstm` with the parameters of an ``LSTMCell``; another module, or one with hooks, is called."""
+    if type(reader) is nn.LSTMCell and not is_hooked(reader):
+        bias = reader.bias_ih + reader.bias_hh if reader.bias else None
+        weights = reader.weight_ih, reader.weight_hh, bias
+        return attention_lstm(support, query, *weights, steps, hidden=hidden, cell=cell)
+    hidden = query if hidden is None else hidden
+    cell = torch.zeros_like(query) if cell is None else cell
+    for _ in range(steps):
+        read = (hidden @ support.mT).softmax(-1) @ support
+        rows = torch.cat((query, read), -1).flatten(0, -2)
+        found, state = reader(rows, (hidden.flatten(0, -2), cell.flatten(0, -2)))
+        hidden, cell = found.view_as(query) + query, state.view_as(query)
+    return hidden
 
 
-def _parts(weight: Any, d: int) -> tuple[Any, Any, Any]:
-    """The weights of query rows, support rows and states."""
-    return weight[:, :d], weight[:, d : 2 * d], weight[:, 2 * d :]
+def _recorded(values: Sequence[Tensor]) -> bool:
+    """Is a derivative or a graph made of what is computed with these, or are they mapped over?"""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+    ):
+        return True
+    return torch.is_grad_enabled() and any(value.requires_grad for value in values)
 
 
 def _read(
-    support: Any, query: Any, weight: Any, bias: Any, hidden: Any, cell: Any, steps: int
-) -> tuple[list[_Step], Any]:
-    """All steps, and what each support row adds to the gates."""
-    tasks, _, d = query.shape
-    of_query, of_support, of_state = _parts(of_tasks(weight, tasks), d)
-    # What the gates are given by a query row, and by a support row, is the same in every step.
-    fixed, projected = query @ of_query + of_tasks(bias, tasks).unsqueeze(1), support @ of_support
-    trail = []
-    for _ in range(steps):
-        attention = (hidden @ support.mT).softmax(-1)
-        gates = fixed + attention @ projected + hidden @ of_state
-        entered, kept = gates[..., :d].sigmoid(), gates[..., d : 2 * d].sigmoid()
-        new, shown = gates[..., 2 * d : 3 * d].tanh(), gates[..., 3 * d :].sigmoid()
-        after = kept * cell + entered * new
-        state = after.tanh()
-        trail.append(
-            _Step(hidden, cell, attention, entered, kept, new, shown, state, after, shown * state + query)
-        )
-        hidden, cell = trail[-1].hidden_after, after
-    return trail, projected
-
-
-def _plain_reading(*args: Any) -> Any:
-    """What READING computes, in plain PyTorch."""
-    trail = _read(*args)[0]
-    return trail[-1].hidden_after if trail else args[4] * 1
-
-
-def _reading_vjp(
-    need: Any,
-    grads: Any,
     support: Tensor,
     query: Tensor,
-    weight: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
     bias: Tensor,
     hidden: Tensor,
     cell: Tensor,
     steps: int,
-) -> Any:
+) -> Tensor:
+    # What the gates are given by a query row, and by a support row, is the same in every step.
+    of_query, of_support = weight_ih.tensor_split(2, dim=1)
+    fixed, projected, of_state = linear(query, of_query, bias), linear(support, of_support), weight_hh.mT
+    for _ in range(steps):
+        attention = (hidden @ support.mT).softmax(-1)
+        entered, kept, new, shown = (fixed + attention @ projected + hidden @ of_state).chunk(4, -1)
+        cell = torch.addcmul(kept.sigmoid() * cell, entered.sigmoid(), new.tanh())
+        hidden = torch.addcmul(query, shown.sigmoid(), cell.tanh())
+    return hidden
+
+
+def _plain_reading(
+    support: Tensor, query: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor, cell: Tensor, steps: int
+) -> Tensor:
+    """What READING computes, in plain PyTorch."""
+    weight_ih, weight_hh = weight.T.tensor_split((2 * query.shape[2],), dim=1)
     with _check.without_autocast(support):
-        tasks, m, d = query.shape
-        of_query, of_support, of_state = _parts(of_tasks(weight, tasks), d)
-        to_hidden, to_cell, to_query = grads[0], torch.zeros_like(cell), torch.zeros_like(query)
-        trail, projected = _read(support, query, weight, bias, hidden, cell, steps)
-        if not trail:
-            return *map(torch.zeros_like, (support, query, weight, bias)), to_hidden, to_cell, None
-        # Of all steps one below the other, so that what they share takes one product.
-        rows: dict[str, list[Tensor]] = {"states": [], "attention": [], "gates": [], "scores": []}
-        for at in reversed(trail):
-            to_query = to_query + to_hidden
-            to_cell = to_cell + to_hidden * at.shown * (1 - at.state * at.state)
-            to_gates = torch.cat(
-                [
-                    to_cell * at.new * at.entered * (1 - at.entered),
-                    to_cell * at.cell * at.kept * (1 - at.kept),
-                    to_cell * at.entered * (1 - at.new * at.new),
-                    to_hidden * at.state * at.shown * (1 - at.shown),
-                ],
-                -1,
-            )
-            to_attention = to_gates @ projected.mT
-            to_scores = at.attention * (to_attention - (at.attention * to_attention).sum(-1, keepdim=True))
-            for name, value in zip(rows, (at.hidden, at.attention, to_gates, to_scores), strict=True):
-                rows[name].append(value)
-            to_cell = to_cell * at.kept
-            to_hidden = to_gates @ of_state.mT + to_scores @ support
-        states, attention, gates, scores = (torch.cat(parts, 1) for parts in rows.values())
-        to_fixed = gates.reshape(tasks, steps, m, 4 * d).sum(1)
-        to_projected = attention.mT @ gates
-        to_weight = torch.cat([query.mT @ to_fixed, support.mT @ to_projected, states.mT @ gates], 1)
-        return (
-            scores.mT @ states + to_projected @ of_support.mT,
-            to_query + to_fixed @ of_query.mT,
-            of_groups(to_weight, weight.shape[0]),
-            of_groups(to_fixed.sum(1), bias.shape[0]),
-            to_hidden,
-            to_cell,
-            None,
-        )
+        read = _read(support, query, weight_ih, weight_hh, bias, hidden, cell, steps)
+        return read.clone(memory_format=torch.contiguous_format)
 
 
-def _reading_jvp(tangents: Any, *args: Any) -> Any:
-    *values, steps = args
-    with _check.without_autocast(values[0]):
-        moving = [Dual(value, tangent) for value, tangent in zip(values, tangents, strict=False)]
-        return tangent_of(_plain_reading(*moving, steps))
-
-
-differentiable(READING, vjp=_reading_vjp, jvp=_reading_jvp)
-fold_into_tasks(READING)
-# On a GPU most of the time goes into products, which torch's kernels make.
-LIBRARY.impl(READING, _plain_reading, "CompositeExplicitAutograd")
+fallback(READING, _plain_reading)
 
 
 @torch.library.register_fake(READING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,12 @@ from torch import Tensor, nn
 
 import metafast
 from metafast import reference
-from metafast.attention_lstm import READING
+from metafast.attention_lstm import READING, read_with
 
+# The module, not the function of its name.
+family = sys.modules["metafast.attention_lstm"]
+# A device without kernels, as in test_fallback.py.
+BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 D = 5
 SUPPORT, QUERY = torch.zeros(2, 4, D), torch.zeros(2, 3, D)
 WEIGHTS = torch.zeros(4 * D, 2 * D), torch.zeros(4 * D, D), torch.zeros(4 * D)
@@ -98,8 +104,50 @@ def test_autocast() -> None:
         assert torch.equal(metafast.attention_lstm(support, query, *weights, 3), expected)
         mixed = metafast.attention_lstm(support.bfloat16(), query, *weights, 3)
         out = metafast.attention_lstm(support, leaf, *weights, 3).sum()
-        torch.testing.assert_close(torch.autograd.grad(out, leaf)[0], slope)
+        states = support, query, torch.cat(weights[:2], 1).T, weights[2], query, torch.zeros_like(query), 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            plain = READING.redispatch(BARE, *states)
+    torch.testing.assert_close(plain, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, leaf)[0], slope)
     assert mixed.dtype == torch.float32
+
+
+def test_where_the_operator_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is recorded, and rows are not wide; the numbers are the same."""
+    called = []
+
+    def operator(*args: Any) -> Tensor:
+        called.append(args)
+        return READING(*args)
+
+    monkeypatch.setattr(family, "READING", operator)
+    leaf = QUERY.clone().requires_grad_()
+    read()
+    with torch.no_grad():
+        read(query=leaf)
+    with torch.inference_mode():
+        read()
+    assert len(called) == 3
+    assert read(query=leaf).requires_grad
+    torch.func.vmap(lambda query: read(query=query))(QUERY[None])
+    torch.func.jvp(lambda query: read(query=query), (QUERY,), (QUERY,))
+    d = family.WIDEST + 1
+    wide = [torch.zeros(shape) for shape in ((1, d), (1, d), (4 * d, 2 * d), (4 * d, d))]
+    metafast.attention_lstm(*wide, None, 1)
+    assert len(called) == 3
+
+
+def test_other_readers() -> None:
+    """A module of another kind, or with hooks, is called for each step."""
+    calls = []
+    cell = nn.LSTMCell(2 * D, D).double()
+    support, query = torch.randn(2, 4, D, dtype=torch.float64), torch.randn(2, 3, D, dtype=torch.float64)
+    wanted = read_with(cell, support, query, 3)
+    torch.testing.assert_close(wanted[1], by_torch(cell, support[1], query[1], 3), rtol=1e-12, atol=1e-12)
+    cell.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(read_with(cell, support, query, 3), wanted, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 3
 
 
 def read(**other: Any) -> Tensor:
@@ -109,7 +157,7 @@ def read(**other: Any) -> Tensor:
 
 
 FLOATS = "expected float32, float64, bfloat16 or float16, got"
-WEIGHT = torch.zeros(1, 3 * D, 4 * D)
+WEIGHT = torch.zeros(3 * D, 4 * D)
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "support list": (lambda: read(support=[[1.0]]), TypeError, "support: expected a tensor, got list"),
     "query int": (lambda: read(query=QUERY.long()), TypeError, f"query: {FLOATS} torch.int64"),
@@ -140,37 +188,32 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "steps": (lambda: read(steps=-1), ValueError, "steps: expected 0 or more, got -1"),
     "half a step": (lambda: read(steps=0.5), TypeError, "steps: expected an int, got float"),
     "bare rank": (
-        lambda: READING(SUPPORT[0], QUERY, WEIGHT, WEIGHTS[2][None], QUERY, QUERY, 1),
+        lambda: READING(SUPPORT[0], QUERY, WEIGHT, WEIGHTS[2], QUERY, QUERY, 1),
         RuntimeError,
         "support: expected shape [T, n, d]",
     ),
     "bare weight": (
-        lambda: READING(SUPPORT, QUERY, WEIGHT[:, 1:], WEIGHTS[2][None], QUERY, QUERY, 1),
+        lambda: READING(SUPPORT, QUERY, WEIGHT[1:], WEIGHTS[2], QUERY, QUERY, 1),
         RuntimeError,
-        "weight: expected shape [1, 15, 20]",
-    ),
-    "bare groups": (
-        lambda: READING(SUPPORT, QUERY, WEIGHT.expand(3, -1, -1), torch.zeros(3, 20), QUERY, QUERY, 1),
-        RuntimeError,
-        "weight: expected one of each group of tasks, got 3 of 2",
+        "weight: expected shape [15, 20]",
     ),
     "bare bias": (
-        lambda: READING(SUPPORT, QUERY, WEIGHT, WEIGHTS[2], QUERY, QUERY, 1),
+        lambda: READING(SUPPORT, QUERY, WEIGHT, WEIGHTS[2][1:], QUERY, QUERY, 1),
         RuntimeError,
-        "bias: expected shape [1, 20]",
+        "bias: expected shape [20]",
     ),
     "bare cell": (
-        lambda: READING(SUPPORT, QUERY, WEIGHT, WEIGHTS[2][None], QUERY, SUPPORT, 1),
+        lambda: READING(SUPPORT, QUERY, WEIGHT, WEIGHTS[2], QUERY, SUPPORT, 1),
         RuntimeError,
         "cell: expected shape [2, 3, 5]",
     ),
     "bare steps": (
-        lambda: READING(SUPPORT, QUERY, WEIGHT, WEIGHTS[2][None], QUERY, QUERY, -1),
+        lambda: READING(SUPPORT, QUERY, WEIGHT, WEIGHTS[2], QUERY, QUERY, -1),
         RuntimeError,
         "steps: expected 0 or more, got -1",
     ),
     "bare dtype": (
-        lambda: READING(*(t.half() for t in (SUPPORT, QUERY, WEIGHT, WEIGHTS[2][None], QUERY, QUERY)), 1),
+        lambda: READING(*(t.half() for t in (SUPPORT, QUERY, WEIGHT, WEIGHTS[2], QUERY, QUERY)), 1),
         RuntimeError,
         "query: expected float32 or float64",
     ),

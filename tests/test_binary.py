@@ -28,6 +28,7 @@ PYTHON = {
         "PyList_New",
         "PyList_SetItem",
         "PyList_Size",
+        "PyList_Type",
         "PySet_Add",
         "PySet_New",
     ),

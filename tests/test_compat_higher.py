@@ -153,7 +153,7 @@ def test_optimiser_has_the_numbers_of_the_original(name: str, before: int, dtype
         stepped(opt, net, *rows(), before)
         for track in (True, False):
             ours, theirs = (unrolled(library, net, opt, track) for library in (higher, original))
-            assert_close(ours, theirs, 1e-12 if dtype is torch.float64 else 1e-6)
+            assert_close(ours, theirs, 1e-12 if dtype is torch.float64 else 4e-6)
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -452,6 +452,12 @@ def test_targets_of_prototypes() -> None:
     for number in (5, -1):
         with pytest.raises(IndexError, match="out of bounds"):
             utils.prototypical_loss(means, query, torch.full_like(answers, number))
+    compiled = torch.compile(utils.prototypical_loss, backend="aot_eager", fullgraph=True)
+    for targets in (answers, ignored):
+        own = means.detach(), query.detach(), targets
+        torch.testing.assert_close(compiled(*own), plain(*own))
+    with pytest.raises(ValueError, match="batch_size"):
+        utils.prototypical_loss(means, query[:1], answers[:1])
     with pytest.raises((RuntimeError, ValueError)):
         utils.prototypical_loss(means, query, answers[:, :2])
     assert utils.prototypical_loss(means, query[:, :0], answers[:, :0]).isnan()

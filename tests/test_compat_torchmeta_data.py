@@ -654,6 +654,9 @@ def test_toy_problems_at_once_and_one_by_one() -> None:
     assert last is not None and np.array_equal(last.parts[0].inputs[0], wave[3][0])
     with pytest.raises(IndexError):
         _whole.whole(tm.SubsetTask(wave, [4]), set())
+    both = tm.ConcatTask([wave, toy.sinusoid.SinusoidTask(1, 2.0, 1.0, np.array([0.0, 1.0]), None, 4)], 2)
+    x, _ = BatchMetaCollate(default_collate).collate_task(tm.SubsetTask(both, [0, -1]))
+    assert np.array_equal(x, [both[0][0], both[7][0]])
 
 
 def test_toy_helpers() -> None:

@@ -210,7 +210,37 @@ def test_orders_that_cannot_be_made(arguments: tuple[Any, ...], error: type[Exce
 
 
 def test_orders_of_another_generator() -> None:
-    with pytest.raises(TypeError, match=r"np_random: expected a numpy.random.RandomState, got Generator"):
-        _draws.split_orders(np.random.default_rng(0), [0], [2], [0], [[1]])  # type: ignore[arg-type]
+    """Of NumPy's other generators, of a subclass with a shuffle of its own: what they do."""
+
+    class Reversing(np.random.RandomState):
+        def shuffle(self, x: Any) -> None:
+            x[:] = x[::-1].copy()
+
+    arguments: tuple[Any, ...] = [3, 7], [9, 4], [0, 9], [[3, 2], [8, 1]]
+    for make in (np.random.default_rng, Reversing):
+        ours, theirs = (make(5) for _ in range(2))
+        assert _draws.split_orders(ours, *arguments) == orders_by_numpy(theirs, *arguments)
+        assert ours.uniform() == theirs.uniform()
     with pytest.raises(ValueError, match="PyCapsule"):
         _C.split_orders(object(), [0], [2], [0], [[1]])
+
+
+class Doubled(list[int]):
+    """Gives other items than those that it keeps."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return 2 * super().__getitem__(index)
+
+
+class Long(list[int]):
+    def __len__(self) -> int:
+        return 50
+
+
+def test_lists_of_another_kind() -> None:
+    random.seed(3)
+    wanted = random.sample(Doubled(range(100)), 5)
+    random.seed(3)
+    assert _draws.sample(Doubled(range(100)), 5) == wanted
+    with pytest.raises(IndexError):
+        _draws.sample(Long(range(3)), 5)

@@ -46,6 +46,7 @@ OPERATORS = (
     linear_head.HEAD_VJP,
     matching.MATCHING,
     matching.MATCHING_VJP,
+    READING,
     ridge.RIDGE,
     ridge.RIDGE_VJP,
     mlp.LOOP,
@@ -59,7 +60,7 @@ OPERATORS = (
     conv_block.MOMENTS,
 )
 #: Those for which torch's own kernels do as well where there are none of ours.
-OF_TORCH = (inner_update.UPDATE, inner_update.UPDATE_VJP, READING)
+OF_TORCH = (inner_update.UPDATE, inner_update.UPDATE_VJP)
 # A device without kernels: what its dispatch key leads to is the fallback, which does not care where its tensors are.
 BARE = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 
@@ -208,6 +209,7 @@ def test_each_warns_once() -> None:
     """In an interpreter of its own, since a warning is given once in a process."""
     code = """
 import warnings, torch, metafast
+from metafast.attention_lstm import READING
 from metafast import conv_block, linear_head, matching, mlp, prototype, ridge
 from metafast.distance import DISTANCE, DISTANCE_JVP, DISTANCE_VJP
 from metafast.norm_relu_pool import NORM, NORM_VJP, NORM_VJP_VJP
@@ -234,6 +236,7 @@ calls = {
     ),
     matching.MATCHING: (x, labels, x, one, 1.0, 1e-8, 2),
     matching.MATCHING_VJP: (square, x, labels, x, one, 1.0, 1e-8, square, labels.double(), square),
+    READING: (x, x, torch.zeros(9, 12), torch.zeros(12), x, x, 2),
     ridge.RIDGE: (x, labels, x, one, None, None, 1.0, 1.0, 0.0, 2),
     ridge.RIDGE_VJP: (square, x, labels, x, one, None, 1.0, 1.0, x, square, square),
     mlp.LOOP: (x, x, x, *net),

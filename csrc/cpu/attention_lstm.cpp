@@ -32,7 +32,7 @@ Tensor attention_lstm(const Tensor& support_any, const Tensor& query_any, const 
   const Tensor support = contiguous_rows(support_any), query = dense(query_any), weight = dense(weight_any);
   const Tensor bias = dense(bias_any), hidden = dense(hidden_any), cell = dense(cell_any);
   const int64_t T = query.size(0), n = support.size(1), m = query.size(1), d = query.size(2);
-  const int64_t of_group = T > 0 ? T / weight.size(0) : 1, wide = 4 * d;
+  const int64_t wide = 4 * d;
   Tensor out = empty(query, {T, m, d});
   dispatch_full(query.scalar_type(), "query", [&](auto dtype) {
     using A = typename decltype(dtype)::type;
@@ -48,13 +48,13 @@ Tensor attention_lstm(const Tensor& support_any, const Tensor& query_any, const 
     const A *first_hidden = hidden.template const_data_ptr<A>(), *first_cell = cell.template const_data_ptr<A>();
     A* to = out.template mutable_data_ptr<A>();
     // The weights of query rows, support rows and states.
-    const auto weight_of = [&](int64_t t, int64_t part) { return weights + (3 * (t / of_group) + part) * d * wide; };
+    const A *of_query = weights, *of_support = weights + d * wide, *of_state = weights + 2 * d * wide;
     const auto turn = [&](int64_t t, int64_t) {
       std::fill_n(columns.of(t), d * stride, A(0));
       turned(rows_support, t, 0, n, d, columns.of(t), stride);
     };
     const auto project = [&](int64_t t, int64_t chunk) {
-      const Terms<A> terms[1] = {{rows_support.row(t, 0), rows_support.row_stride, 1, weight_of(t, 1), wide, d}};
+      const Terms<A> terms[1] = {{rows_support.row(t, 0), rows_support.row_stride, 1, of_support, wide, d}};
       combine(terms, A(1), nullptr, 0, nullptr, projected.of(t), wide, n, chunk * kColumns,
               std::min(wide, (chunk + 1) * kColumns));
     };
@@ -63,9 +63,8 @@ Tensor attention_lstm(const Tensor& support_any, const Tensor& query_any, const 
       const Scratch<A> cells(count * d), scores(count * stride), fixed(count * wide), gates(count * wide);
       std::copy_n(first_hidden + at * d, count * d, to + at * d);
       std::copy_n(first_cell + at * d, count * d, cells.get());
-      read({columns.of(t), projected.of(t), weight_of(t, 0), weight_of(t, 2), biases + t / of_group * wide,
-            own + at * d, stride, n, d, steps},
-           count, to + at * d, cells.get(), scores.get(), fixed.get(), gates.get());
+      read({columns.of(t), projected.of(t), of_query, of_state, biases, own + at * d, stride, n, d, steps}, count,
+           to + at * d, cells.get(), scores.get(), fixed.get(), gates.get());
     };
     parallel_stages(
         T, Stage{1, n * d, turn}, Stage{(wide + kColumns - 1) / kColumns, n * d * kColumns, project},

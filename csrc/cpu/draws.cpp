@@ -144,11 +144,12 @@ bool append_sample(Draws& draws, PyObject* population, Py_ssize_t k, PyObject* l
   if (n < 0 || !can_draw(n, k)) return false;
   const std::vector<Py_ssize_t> places = draw_places(draws, n, k);
   if (static_cast<Py_ssize_t>(places.size()) < k) return false;
-  if (PyList_Check(population)) {
+  if (PyList_CheckExact(population)) {
     // They lie anywhere in memory: all are on their way before the first is touched.
     for (const Py_ssize_t place : places) __builtin_prefetch(PyList_GetItem(population, place), 1);
     for (const Py_ssize_t place : places) {
-      if (PyList_Append(list, PyList_GetItem(population, place)) != 0) return false;
+      PyObject* item = PyList_GetItem(population, place);
+      if (item == nullptr || PyList_Append(list, item) != 0) return false;
     }
     return true;
   }

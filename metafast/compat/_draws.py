@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def shuffle(values: list[T]) -> None:
 
 
 def split_orders(
-    generator: np.random.RandomState,
+    generator: Any,
     seeds: list[int],
     rows: list[int],
     first: list[int],
@@ -39,18 +39,23 @@ def split_orders(
     """The rows of each class in the order of ``RandomState(seed).permutation(rows)``, parted.
 
     Args:
-        generator: brings the rows of each part into another order, by ``shuffle``.
+        generator: brings the rows of each part into another order by its ``shuffle``, that of ``RandomState`` or not.
         seeds, rows, first: of each class; ``first`` is added to its rows.
         counts: of each split, how many rows of each class it takes.
 
     Returns:
         The rows of each split, those of one class after the other.
-
-    Raises:
-        TypeError: a generator of another type.
     """
-    if type(generator) is not np.random.RandomState:
-        raise TypeError(f"np_random: expected a numpy.random.RandomState, got {type(generator).__name__}")
-    bits = generator._bit_generator
-    with bits.lock:
-        return _C.split_orders(bits.capsule, seeds, rows, first, counts)
+    if type(generator) is np.random.RandomState:
+        bits = generator._bit_generator
+        with bits.lock:
+            return _C.split_orders(bits.capsule, seeds, rows, first, counts)
+    found: list[list[int]] = [[] for _ in counts]
+    for k, seed in enumerate(seeds):
+        order, begin = np.random.RandomState(seed).permutation(rows[k]), 0
+        for split, count in zip(found, counts, strict=True):
+            part = order[begin : begin + count[k]]
+            begin += len(part)
+            generator.shuffle(part)
+            split += (part + first[k]).tolist()
+    return found

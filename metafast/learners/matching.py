@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast import _check
-from metafast.attention_lstm import attention_lstm
+from metafast.attention_lstm import read_with
 from metafast.data import Episodes
 from metafast.learners._base import EncoderLearner, classified, require_classes
 from metafast.learners.outcome import Outcome
@@ -92,11 +92,10 @@ class MatchingNet(EncoderLearner):
         read, _ = self.support_reader(support[:, order])
         support = support + sum(read[:, order.argsort()].chunk(2, dim=-1))
         # Before the first step nothing is read.
-        reader, rows = self.query_reader, query.flatten(0, 1)
-        hidden, cell = reader(torch.cat([rows, torch.zeros_like(rows)], -1))
-        weights = reader.weight_ih, reader.weight_hh, reader.bias_ih + reader.bias_hh
+        rows = query.flatten(0, 1)
+        hidden, cell = self.query_reader(torch.cat([rows, torch.zeros_like(rows)], -1))
         states = {"hidden": (hidden + rows).view_as(query), "cell": cell.view_as(query)}
-        return support, attention_lstm(support, query, *weights, self.reading_steps - 1, **states)
+        return support, read_with(self.query_reader, support, query, self.reading_steps - 1, **states)
 
     def extra_repr(self) -> str:
         return f"scale={float(self.scale):.4g}, full_context={self.support_reader is not None}"

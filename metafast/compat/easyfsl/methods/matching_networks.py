@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from metafast import _check
-from metafast.attention_lstm import attention_lstm
-from metafast.backbones import is_hooked
+from metafast.attention_lstm import read_with
 from metafast.compat import absent
 from metafast.compat.easyfsl.methods.few_shot_classifier import FewShotClassifier
 from metafast.compat.easyfsl.modules.predesigned_modules import (
@@ -97,17 +96,9 @@ class MatchingNetworks(FewShotClassifier):
 
     def encode_query_features(self, query_features: Tensor) -> Tensor:
         """Query features ``[m, d]`` in the context of the support set."""
-        support, reader = self.contextualized_support_features, self.query_features_encoding_cell
-        if type(reader) is nn.LSTMCell and not is_hooked(reader):
-            bias = reader.bias_ih + reader.bias_hh if reader.bias else None
-            weights = reader.weight_ih, reader.weight_hh, bias
-            return attention_lstm(support, query_features, *weights, len(support)).to(query_features.dtype)
-        hidden, cell = query_features, torch.zeros_like(query_features)
-        for _ in range(len(support)):
-            read_out = (hidden @ support.T).softmax(1) @ support
-            hidden, cell = reader(torch.cat((query_features, read_out), 1), (hidden, cell))
-            hidden = hidden + query_features
-        return hidden
+        support = self.contextualized_support_features
+        read = read_with(self.query_features_encoding_cell, support, query_features, len(support))
+        return read.to(query_features.dtype)
 
     def _validate_features_shape(self, features: Tensor) -> None:
         self._raise_error_if_features_are_multi_dimensional(features)

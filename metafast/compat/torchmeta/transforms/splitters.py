@@ -136,7 +136,7 @@ class PerClass(Splitter):
         sizes = {name: len(members) for name, members in classes.items()}
         key = hash(task)
         found = self._parted(list(sizes.values()), self._rows(sizes), [key + k for k in range(len(sizes))])
-        if all(type(members) is range for members in classes.values()):
+        if list(classes.values()) == [range(sum(sizes.values()))]:
             return found
         rows = [row for members in classes.values() for row in members]
         return OrderedDict((split, [rows[k] for k in taken]) for split, taken in found.items())

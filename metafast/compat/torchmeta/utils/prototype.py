@@ -88,16 +88,30 @@ def prototypical_loss(prototypes: Tensor, embeddings: Tensor, targets: Tensor, *
     _check.broadcast_tasks(("prototypes", prototypes.shape[:-2]), ("embeddings", embeddings.shape[:-2]))
     dtype = torch.promote_types(prototypes.dtype, embeddings.dtype)
     prototypes, embeddings = prototypes.to(dtype), embeddings.to(dtype)
-    of_classes = isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.is_cpu
-    if of_classes and not kwargs and prototypes.dim() == 3 and targets.shape == embeddings.shape[:2]:
+    # Whether a number is of a class the fused operator finds out by reading it, as a graph would not.
+    if (
+        not kwargs
+        and not torch.compiler.is_compiling()
+        and _numbers_of_classes(prototypes, embeddings, targets)
+    ):
         tasks, classes = prototypes.shape[:2]
+        numbers = torch.arange(classes).expand(tasks, -1)
         try:
-            loss = fused_loss(
-                prototypes, torch.arange(classes).expand(tasks, -1), embeddings, targets, classes
-            )[0].mean()
+            loss = fused_loss(prototypes, numbers, embeddings, targets, classes)[0].mean()
         except ValueError:
             # Of numbers that are of no class torch ignores -100, and refuses the others in its own words.
             pass
         else:
             return loss if _check.autocasts(embeddings) else loss.to(dtype)
     return cross_entropy(-pairwise_distance(prototypes, embeddings), targets, **kwargs)
+
+
+def _numbers_of_classes(prototypes: Tensor, embeddings: Tensor, targets: Any) -> bool:
+    """May they be those of a class for each row, on the CPU?"""
+    if type(targets) is not Tensor or targets.dtype != torch.int64 or not targets.is_cpu:
+        return False
+    return (
+        prototypes.dim() == 3
+        and prototypes.shape[0] == embeddings.shape[0]
+        and targets.shape == embeddings.shape[:2]
+    )

@@ -45,10 +45,10 @@ class GivesSamples:
     """A data set of this package that can give many samples at once."""
 
     def _at_once(self, rows: Rows, steady: set[Any]) -> Samples | None:
-        """Those of some rows; None: they are to be asked for each. A row that is not there is an IndexError.
+        """Those of some rows; None: they are to be asked for each.
 
         Args:
-            rows: one or more of them.
+            rows: one or more; too large a number is an IndexError, a negative one as in ``__getitem__``, or None.
             steady: what was found to draw nothing, while a batch is put together.
         """
         raise NotImplementedError(f"{type(self).__name__} has no _at_once")
@@ -76,6 +76,8 @@ def whole(task: Any, steady: set[Any]) -> Whole | None:
     if type(task) is not ConcatTask:
         parts = [(task, rows)]
     else:
+        if rows.min() < 0:
+            return None
         ends = np.asarray(task.cumulative_sizes)
         owners = ends.searchsorted(rows, side="right")
         cuts = np.flatnonzero(owners[1:] != owners[:-1]) + 1
