@@ -36,6 +36,7 @@ PYTHON = {
         "PyLong_AsLongLong",
         "PyLong_AsLongLongAndOverflow",
         "PyLong_AsSsize_t",
+        "PyLong_AsUnsignedLongLong",
         "PyLong_FromLongLong",
         "PyLong_FromSsize_t",
         "PyLong_Type",

@@ -43,9 +43,26 @@ class Draws {
  private:
   bool refill() {
     const Py_ssize_t count = std::min<Py_ssize_t>(std::max<Py_ssize_t>(certain_, 1), 4096);
-    const Owned bits(PyLong_FromSsize_t(32 * count));
-    if (!bits) return false;
-    const Owned drawn(PyObject_CallFunctionObjArgs(getrandbits_, bits.get(), nullptr));
+    words_.clear();
+    next_ = 0;
+    return count <= kFewWords ? draw_few(count) : draw_many(count);
+  }
+
+  // One call for every two words.
+  bool draw_few(Py_ssize_t count) {
+    for (; count > 0; count -= 2) {
+      const Owned drawn = call(32 * std::min<Py_ssize_t>(count, 2));
+      if (!drawn) return false;
+      const unsigned long long bits = PyLong_AsUnsignedLongLong(drawn.get());
+      if (PyErr_Occurred()) return false;
+      words_.push_back(static_cast<uint32_t>(bits));
+      if (count > 1) words_.push_back(static_cast<uint32_t>(bits >> 32));
+    }
+    return true;
+  }
+
+  bool draw_many(Py_ssize_t count) {
+    const Owned drawn = call(32 * count);
     if (!drawn) return false;
     // The first word is the lowest.
     const Owned bytes(PyObject_CallMethod(drawn.get(), "to_bytes", "ns", 4 * count, "little"));
@@ -58,10 +75,16 @@ class Draws {
       words_[i] = 0;
       for (size_t k = 4; k-- > 0;) words_[i] = words_[i] << 8 | static_cast<unsigned char>(begin[4 * i + k]);
     }
-    next_ = 0;
     return true;
   }
 
+  Owned call(Py_ssize_t bits) {
+    const Owned number(PyLong_FromSsize_t(bits));
+    return Owned(number ? PyObject_CallFunctionObjArgs(getrandbits_, number.get(), nullptr) : nullptr);
+  }
+
+  // Up to so many, the calls for two of them take less time than one that makes a large number.
+  static constexpr Py_ssize_t kFewWords = 16;
   PyObject* getrandbits_;
   Py_ssize_t certain_;
   std::vector<uint32_t> words_;
