@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from metafast import _check
-from metafast._library import fallback, operator
+from metafast._library import LIBRARY, fallback, operator
 from metafast.backbones import is_hooked
 
 READING = operator("attention_lstm")
@@ -181,6 +181,20 @@ def _plain_reading(
 
 
 fallback(READING, _plain_reading)
+
+
+def _refuse_to_record(keyset: Any, *args: Any) -> Tensor:
+    """The operator has no derivative: what is recorded is an error, not a constant."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(value).tangent is not None for value in tensors
+    )
+    if dual or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+        raise RuntimeError(f"{READING} has no derivative; metafast.attention_lstm is differentiable")
+    return READING.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+LIBRARY.impl(READING, _refuse_to_record, "Autograd", with_keyset=True)
 
 
 @torch.library.register_fake(READING)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import metafast
 from metafast import reference
@@ -72,6 +73,71 @@ def test_against_float64(
     assert found.dtype == dtype and (found.double() - exact).abs().max() <= bound
 
 
+def operands(tasks: int, n: int, m: int, d: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Support, query, both weights, bias and both states."""
+    shapes = (tasks, n, d), (tasks, m, d), (4 * d, 2 * d), (4 * d, d), (4 * d,), (tasks, m, d), (tasks, m, d)
+    scale = 1 / max(1, d) ** 0.5
+    return [torch.randn(shape).mul_(scale).to(device, dtype) for shape in shapes]
+
+
+def both(inputs: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """What the operator gives, since nothing is recorded, and the plain formula in float64."""
+    found, exact = (
+        function(*values[:5], steps, hidden=values[5], cell=values[6])
+        for function, values in (
+            (metafast.attention_lstm, inputs),
+            (reference.attention_lstm, [value.double() for value in inputs]),
+        )
+    )
+    assert found.shape == exact.shape
+    return found, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_every_tail(dtype: torch.dtype, vectors: torch.device) -> None:
+    """All numbers of features up to two of the widest vectors, and none of everything."""
+    bound = 2e-6 if dtype == torch.float32 else 1e-14
+    sizes = [(1 + d % 3, 1 + d % 19, 1 + d % 7, d) for d in range(36)]
+    sizes += [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0), (1, 33, 61, 5)]
+    for tasks, n, m, d in sizes:
+        for steps in (0, 1, 3):
+            found, exact = both(operands(tasks, n, m, d, vectors, dtype), steps)
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("tasks", [1, 9])
+def test_same_bits_for_any_threads_and_layout(tasks: int, vectors: torch.device) -> None:
+    inputs = operands(tasks, 21, 131, 37, vectors, torch.float32)
+    before, expected = torch.get_num_threads(), both(inputs, 4)[0]
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(both(inputs, 4)[0], expected)
+    finally:
+        torch.set_num_threads(before)
+    strided = [value.transpose(0, -1).contiguous().transpose(0, -1) for value in inputs]
+    larger = [value.new_full((*value.shape, 2), torch.nan) for value in inputs]
+    every_second = [into[..., 1].copy_(value) for into, value in zip(larger, inputs, strict=True)]
+    for values in (strided, every_second):
+        assert not values[0].is_contiguous() and torch.equal(both(values, 4)[0], expected)
+
+
+def test_the_operator_itself_refuses_to_be_recorded() -> None:
+    """It has no derivative; without one it may be mapped and traced."""
+    values = [SUPPORT, QUERY, WEIGHT, WEIGHTS[2], QUERY, QUERY]
+    for k, value in enumerate(values):
+        recorded = [*values[:k], value.clone().requires_grad_(), *values[k + 1 :]]
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            READING(*recorded, 2)
+        with torch.no_grad():
+            assert not READING(*recorded, 2).requires_grad
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no derivative"):
+            READING(*values[:k], forward_ad.make_dual(value, value), *values[k + 1 :], 2)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        torch.func.grad(lambda query: READING(SUPPORT, query, *values[2:], 2).sum())(QUERY)
+    torch.library.opcheck(READING, (*values, 2), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_nan_stays_in_its_row(vectors: torch.device) -> None:
     """In scores, gates and states; a query row reads without the others."""
     cell = nn.LSTMCell(2 * D, D).to(vectors)
@@ -121,6 +187,7 @@ def test_where_the_operator_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         called.append(args)
         return READING(*args)
 
+    operator.redispatch = READING.redispatch  # type: ignore[attr-defined]
     monkeypatch.setattr(family, "READING", operator)
     leaf = QUERY.clone().requires_grad_()
     read()

@@ -112,9 +112,6 @@ class Together(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         return self._tasks[index]
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
 
 def collated(tasks: Sequence[Any]) -> Any:
     """torch's ``default_collate`` of tasks, :class:`Whole` or what it gave of their samples, in dictionaries or not."""
