@@ -527,6 +527,21 @@ def test_toy_formulas() -> None:
     assert len(alone) == 4 and alone.num_classes is None and hash(alone) == 3
 
 
+def test_classes_that_are_ranges_of_rows() -> None:
+    """Of a splitter that finds them itself: its parts are rows, wherever those of a class begin."""
+
+    class Halves(tf.splitters.ClassSplitter_):
+        def _get_class_indices(self, task: Any) -> Any:
+            return {"second": range(10, 20), "first": range(10)}
+
+    parts = Halves(num_train_per_class=3, num_test_per_class=7).get_indices(
+        toy.sinusoid.SinusoidTask(0, 1.0, 1.0, np.array([0.0, 1.0]), None, 20)
+    )
+    assert [row >= 10 for row in parts["train"]] == 3 * [True] + 3 * [False]
+    assert [row >= 10 for row in parts["test"]] == 7 * [True] + 7 * [False]
+    assert sorted(parts["train"] + parts["test"]) == list(range(20))
+
+
 PROBLEMS = (toy.Sinusoid, toy.SinusoidAndLine, toy.Harmonic)
 SPLITTERS: tuple[Any, ...] = (
     None,
